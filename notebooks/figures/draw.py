@@ -1,0 +1,80 @@
+"""Draw the picture of the system, once plain and once for each lesson with its part marked.
+
+    .venv/bin/python notebooks/figures/draw.py
+
+writes ``system.svg`` and ``01.svg`` … beside this file.
+"""
+
+from pathlib import Path
+
+# Centre x, width, title, second line, third line.
+BOXES = {
+    "browser": (75, 110, "browser", "or curl", ""),
+    "gateway": (290, 150, "gateway", "Flask, NumPy", "CPU"),
+    "server": (530, 150, "model server", "TF Serving API", "CPU or GPU"),
+    "saved_model": (733, 130, "SavedModel", "clothing-model/1", ""),
+    "keras": (934, 136, "Keras model", ".keras file", ""),
+}
+# From, to, label above, label below.
+ARROWS = {
+    "http": ("browser", "gateway", "HTTP", "9696"),
+    "grpc": ("gateway", "server", "gRPC", "8500"),
+    "load": ("server", "saved_model", "loads", ""),
+    "export": ("keras", "saved_model", "exports", ""),
+}
+LESSONS = {
+    "system": [],
+    "01": ["keras", "export", "saved_model"],
+    "02": ["server", "load"],
+    "03": ["grpc"],
+    "04": ["gateway", "http"],
+}
+TOP, HEIGHT = 34, 84
+INK, QUIET, PAPER, MARK, MARKED = "#1f2937", "#6b7280", "#ffffff", "#c2410c", "#ffedd5"
+
+
+def box(name: str, marked: bool) -> str:
+    """One part of the system: a rounded rectangle with its title and two lines below."""
+    x, width, title, *lines = BOXES[name]
+    fill, stroke, weight = (MARKED, MARK, 3) if marked else ("#f3f4f6", "#9ca3af", 1.5)
+    rows = [line for line in lines if line]
+    first = TOP + HEIGHT / 2 + 5 - 9 * len(rows)
+    text = f'<text x="{x}" y="{first}" font-weight="600" fill="{INK}">{title}</text>'
+    for number, row in enumerate(rows, 1):
+        text += f'<text x="{x}" y="{first + 19 * number}" font-size="13" fill="{QUIET}">{row}</text>'
+    return (
+        f'<rect x="{x - width / 2}" y="{TOP}" width="{width}" height="{HEIGHT}" rx="10" '
+        f'fill="{fill}" stroke="{stroke}" stroke-width="{weight}"/>{text}'
+    )
+
+
+def arrow(name: str, marked: bool) -> str:
+    """A connection between two boxes, its protocol above and its port below."""
+    source, target, above, below = ARROWS[name]
+    (x1, w1, *_), (x2, w2, *_) = BOXES[source], BOXES[target]
+    way = 1 if x2 > x1 else -1
+    start, end, y = x1 + way * (w1 / 2 + 3), x2 - way * (w2 / 2 + 4), TOP + HEIGHT / 2
+    color, weight = (MARK, 3) if marked else (QUIET, 1.5)
+    middle, tip = (start + end) / 2, end - way * 9
+    return (
+        f'<path d="M{start} {y}H{tip}" stroke="{color}" stroke-width="{weight}"/>'
+        f'<path d="M{end} {y}L{tip} {y - 5}V{y + 5}Z" fill="{color}"/>'
+        f'<text x="{middle}" y="{y - 10}" font-size="13" fill="{color}">{above}</text>'
+        f'<text x="{middle}" y="{y + 22}" font-size="13" fill="{color}">{below}</text>'
+    )
+
+
+def system(marked: list[str]) -> str:
+    """The whole picture as SVG, with the parts named in ``marked`` in orange."""
+    parts = [arrow(name, name in marked) for name in ARROWS]
+    parts += [box(name, name in marked) for name in BOXES]
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1020 152" width="1020" height="152" '
+        'font-family="system-ui, sans-serif" font-size="16" text-anchor="middle">'
+        f'<rect width="1020" height="152" rx="8" fill="{PAPER}"/>' + "".join(parts) + "</svg>\n"
+    )
+
+
+if __name__ == "__main__":
+    for lesson, parts_marked in LESSONS.items():
+        Path(__file__).with_name(f"{lesson}.svg").write_text(system(parts_marked))

