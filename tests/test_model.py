@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import json
 import os
+import subprocess
+import sys
 import threading
 import urllib.request
 import uuid
@@ -229,3 +231,27 @@ def test_the_ported_backbone_equals_the_original() -> None:
     ported = backbone.predict(inputs, verbose=0) @ kernel.T + bias
     assert np.abs(wanted).max() > 1
     assert np.abs(ported - wanted).max() < 1e-4
+
+
+@pytest.mark.train
+def test_training_writes_a_model_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    """The whole recipe on a handful of drawings in place of photos, one epoch and then another."""
+    pytest.importorskip("torch", reason="model_server/train-requirements.txt is missing")
+    for part, seeds in {"train": range(20, 24), "validation": range(30, 31)}.items():
+        for name in CLASSES:
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for seed in seeds:
+                picture = draw(name, seed, width=120)
+                picture.save(tmp_path / "photos" / part / name / f"{seed}.jpg")
+    command = [
+        *(sys.executable, "-m", "model_server.train", str(tmp_path / "photos")),
+        *(f"--output={tmp_path / 'model.keras'}", f"--work={tmp_path / 'work'}", "--drawings=1"),
+    ]
+    first = subprocess.run([*command, "--epochs=1"], cwd=ROOT, capture_output=True, text=True)
+    assert "epoch 1: validation accuracy" in first.stdout, first.stderr[-2000:]
+    second = subprocess.run([*command, "--epochs=2"], cwd=ROOT, capture_output=True, text=True)
+    assert "epoch 2: validation accuracy" in second.stdout, second.stderr[-2000:]
+    assert "epoch 1: validation accuracy" not in second.stdout
+    assert (tmp_path / "model.keras").stat().st_size <= 15 * MEGABYTE
+    report = json.loads((tmp_path / "work/report.json").read_text())
+    assert np.sum(report["confusion"]) == len(CLASSES)

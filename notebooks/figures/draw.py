@@ -41,7 +41,8 @@ def box(name: str, marked: bool) -> str:
     first = TOP + HEIGHT / 2 + 5 - 9 * len(rows)
     text = f'<text x="{x}" y="{first}" font-weight="600" fill="{INK}">{title}</text>'
     for number, row in enumerate(rows, 1):
-        text += f'<text x="{x}" y="{first + 19 * number}" font-size="13" fill="{QUIET}">{row}</text>'
+        y = first + 19 * number
+        text += f'<text x="{x}" y="{y}" font-size="13" fill="{QUIET}">{row}</text>'
     return (
         f'<rect x="{x - width / 2}" y="{TOP}" width="{width}" height="{HEIGHT}" rx="10" '
         f'fill="{fill}" stroke="{stroke}" stroke-width="{weight}"/>{text}'

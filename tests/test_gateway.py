@@ -1,0 +1,629 @@
+"""The gateway under gunicorn, over HTTP, with the real model server behind it."""
+
+import gzip
+import io
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import unquote
+
+import grpc
+import numpy as np
+import pytest
+import requests
+from conftest import ROOT, Server, free_port, wait_until_ready
+from keras_image_helper import create_preprocessor
+from PIL import Image, ImageDraw, ImageOps
+
+import tfserving
+
+CLASSES = (ROOT / "model_server" / "classes.txt").read_text().splitlines()
+NOTEBOOK = "notebooks/04-flask-gateway.ipynb"
+MAX_BYTES = 200_000
+
+
+def draw(size: tuple[int, int] = (60, 45), mode: str = "RGB") -> Image.Image:
+    """A picture that no turning or mirroring leaves as it is."""
+    image = Image.new(mode, size, "white" if mode == "RGB" else (0, 0, 0, 0))
+    pencil = ImageDraw.Draw(image)
+    pencil.rectangle((4, 3, size[0] // 2, size[1] // 3), fill="firebrick")
+    pencil.ellipse((size[0] // 3, size[1] // 2, size[0] - 5, size[1] - 4), fill="navy")
+    return image
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+PICTURE = encode(draw())
+
+
+class PictureHost(BaseHTTPRequestHandler):
+    """The web that the gateway fetches from: well-behaved pictures and hosts that misbehave."""
+
+    visits: ClassVar[list[str]] = []
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def drip(self, content: bytes) -> None:
+        """Send a byte ten times a second: never silent for long, never done."""
+        try:
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+        except OSError:
+            pass
+
+    def do_GET(self):
+        self.visits.append(self.path)
+        page, _, argument = self.path.strip("/").partition("/")
+        match page:
+            case "picture.png":
+                self.answer(200, PICTURE)
+            case "gzip":
+                self.answer(200, gzip.compress(PICTURE), Content_Encoding="gzip")
+            case "chunked":
+                self.protocol_version = "HTTP/1.1"
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for chunk in (PICTURE[:50], PICTURE[50:], b""):
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+            case "redirect" if argument == "0":
+                self.answer(302, b"", Location="/picture.png")
+            case "redirect":
+                self.answer(302, b"", Location=f"/redirect/{int(argument) - 1}")
+            case "elsewhere":
+                self.answer(301, b"", Location=unquote(argument))
+            case "large":
+                self.answer(200, bytes(MAX_BYTES + 1))
+            case "endless":
+                self.send_response(200)
+                self.end_headers()
+                try:
+                    while True:
+                        self.wfile.write(bytes(65536))
+                except OSError:
+                    pass
+            case "bomb":
+                self.answer(200, gzip.compress(bytes(50_000_000)), Content_Encoding="gzip")
+            case "endless-redirect":
+                self.send_response(302)
+                self.send_header("Location", "/picture.png")
+                self.end_headers()
+                try:
+                    while True:
+                        self.wfile.write(bytes(65536))
+                except OSError:
+                    pass
+            case "page":
+                self.answer(200, b"<!doctype html><p>not a picture", Content_Type="image/png")
+            case "slow-body":
+                self.send_response(200)
+                self.end_headers()
+                self.drip(PICTURE)
+            case "slow-header":
+                self.drip(b"HTTP/1.0 200 OK\r\n" + b"X" * 100)
+            case "silent":
+                self.rfile.read(1)
+            case _:
+                self.answer(404, b"")
+
+
+class Web(ThreadingHTTPServer):
+    request_queue_size = 64  # more than one request with 16 links connects at once
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[str]:
+    """The address of a running PictureHost."""
+    with Web(("127.0.0.1", 0), PictureHost) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model_server(start_model_server, tiny_model) -> Server:
+    return start_model_server(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def closed_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def gateway(start_gateway, model_server, pictures, closed_port) -> Server:
+    return start_gateway(
+        model_server.grpc,
+        ALLOWED_IMAGE_HOSTS=f"{pictures}, localhost:{closed_port}",
+        IMAGE_MAX_BYTES=str(MAX_BYTES),
+        IMAGE_MAX_PIXELS="1000000",
+        IMAGE_TIMEOUT_SECONDS="1",
+    )
+
+
+def send(gateway: Server, picture: bytes, **options) -> requests.Response:
+    files = {"file": ("any name", picture)}
+    return requests.post(f"{gateway.http}/predict", files=files, timeout=30, **options)
+
+
+def link(gateway: Server, *urls: str, **options) -> requests.Response:
+    body = {"url": urls[0]} if len(urls) == 1 else {"urls": urls}
+    return requests.post(f"{gateway.http}/predict", json=body, timeout=30, **options)
+
+
+def assert_problem(response: requests.Response, status: int, cause: str) -> dict:
+    """Check that the answer is a problem as RFC 9457 has it, and return it."""
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/problem+json"
+    problem = response.json()
+    assert problem["type"] == f"tag:clothing-gateway,2026:{cause}"
+    assert problem["status"] == status
+    assert problem["title"]
+    assert " " in problem["detail"]
+    assert (status == 503) == ("Retry-After" in response.headers)
+    return problem
+
+
+def ask_directly(target: str, picture: Image.Image, size=(32, 32), name="clothing-model") -> list:
+    """The probabilities straight from the model server, for a picture prepared here."""
+    array = create_preprocessor("xception", target_size=size).convert_to_tensor(picture)
+    pb_request = tfserving.PredictRequest()
+    pb_request.model_spec.name = name
+    pb_request.inputs["inputs"].CopyFrom(tfserving.make_tensor_proto(array))
+    with grpc.insecure_channel(target) as channel:
+        pb_response = tfserving.PredictionServiceStub(channel).Predict(pb_request, timeout=30)
+    return tfserving.make_ndarray(pb_response.outputs["probabilities"])[0].tolist()
+
+
+def test_file(gateway, model_server):
+    answer = send(gateway, PICTURE).json()
+    assert list(answer) == ["predictions", "top_class", "top_probability", "model"]
+    predictions = answer["predictions"]
+    assert list(predictions) == CLASSES
+    assert list(predictions.values()) == pytest.approx(
+        ask_directly(model_server.grpc, draw()), abs=1e-6
+    )
+    assert sum(predictions.values()) == pytest.approx(1)
+    assert answer["top_probability"] == max(predictions.values())
+    assert predictions[answer["top_class"]] == answer["top_probability"]
+    assert answer["model"] == {"name": "clothing-model", "version": 1}
+
+
+def test_url(gateway, pictures):
+    expected = send(gateway, PICTURE).json()
+    for page in ("picture.png", "gzip", "chunked"):
+        assert link(gateway, f"http://{pictures}/{page}").json() == expected
+
+
+def test_urls(gateway, pictures):
+    answers = link(gateway, *[f"http://{pictures}/picture.png"] * 16).json()
+    assert len(answers) == 16
+    expected = send(gateway, PICTURE).json()["predictions"]
+    for answer in answers:
+        assert answer["predictions"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_json_needs_no_content_type(gateway, pictures):
+    body = json.dumps({"url": f"http://{pictures}/picture.png"})
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl -d sends
+    response = requests.post(f"{gateway.http}/predict", data=body, headers=headers, timeout=30)
+    assert response.status_code == 200
+
+
+def test_upright_whatever_the_camera_says(gateway):
+    expected = send(gateway, PICTURE).json()
+    undo = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    for orientation, method in undo.items():
+        image = draw() if method is None else draw().transpose(method)
+        image.getexif()[0x0112] = orientation
+        picture = encode(image, exif=image.getexif())
+        assert ImageOps.exif_transpose(Image.open(io.BytesIO(picture))).size == draw().size
+        assert send(gateway, picture).json() == expected, f"orientation {orientation}"
+
+
+def test_transparency_is_white(gateway):
+    expected = send(gateway, PICTURE).json()
+    transparent = draw(mode="RGBA")
+    assert send(gateway, encode(transparent)).json() == expected
+    assert send(gateway, encode(transparent, "WEBP", lossless=True)).json() == expected
+    palette = draw().quantize(8)
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert send(gateway, encode(palette)).json() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *[("JPEG", mode) for mode in ("RGB", "L", "CMYK")],
+        *[("PNG", mode) for mode in ("RGB", "L", "LA", "P", "1")],
+        *[("WEBP", mode) for mode in ("RGB", "RGBA")],
+        *[("GIF", mode) for mode in ("P", "L", "1")],
+        *[("BMP", mode) for mode in ("RGB", "P", "1")],
+        *[("TIFF", mode) for mode in ("RGB", "L", "CMYK", "1")],
+    ],
+)
+def test_formats(gateway, kind, mode):
+    response = send(gateway, encode(draw().convert(mode), kind))
+    assert response.status_code == 200, response.text
+    assert sum(response.json()["predictions"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        PICTURE[: len(PICTURE) // 2],
+        encode(draw(), "JPEG")[:400],
+        encode(draw(), "PPM"),
+        encode(draw(), "ICO"),
+    ],
+    ids=["empty", "SVG", "half a PNG", "half a JPEG", "PPM", "ICO"],
+)
+def test_not_a_picture(gateway, content):
+    problem = assert_problem(send(gateway, content), 415, "not-a-picture")
+    assert "PNG" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    "body", ["", "{", "[]", "{}", '{"url": 5}', '{"urls": []}', '{"urls": "x"}', "\xff", "null"]
+)
+def test_malformed_requests(gateway, body):
+    response = requests.post(f"{gateway.http}/predict", data=body.encode("latin-1"), timeout=30)
+    assert_problem(response, 400, "malformed-request")
+
+
+def test_too_many_links_and_a_form_without_a_file(gateway, pictures):
+    assert_problem(link(gateway, *[f"http://{pictures}/"] * 17), 400, "malformed-request")
+    response = requests.post(f"{gateway.http}/predict", files={"picture": PICTURE}, timeout=30)
+    assert_problem(response, 400, "malformed-request")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "dress.png", "http://", "http://[::1", "http://a:99999/", "//a/b", "http://a b/"]
+)
+def test_malformed_links(gateway, url):
+    assert_problem(link(gateway, url), 400, "link-malformed")
+
+
+@pytest.fixture
+def canary() -> Iterator[Callable[[], int]]:
+    """A listening loopback port; called, it tells the port, and in the end nobody has come."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield lambda: server.getsockname()[1]
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+PRIVATE_HOSTS = [
+    *("127.0.0.1", "localhost", "LocalHost", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0"),
+    *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[64:ff9b::7f00:1]"),
+    *("10.0.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "169.254.169.254", "224.0.0.1"),
+    *("[fd00:ec2::254]", "[fe80::1]", "[ff02::1]", "[2002:7f00:1::]", "255.255.255.255"),
+]
+
+
+# A connection that was tried and refused would be a 502, one that hangs a 504.
+@pytest.mark.parametrize("host", PRIVATE_HOSTS)
+def test_private_addresses_are_blocked(gateway, pictures, host):
+    assert_problem(link(gateway, f"http://{host}/dress.png"), 400, "link-blocked")
+    assert_problem(link(gateway, f"https://{host}/dress.png"), 400, "link-blocked")
+    response = link(gateway, f"http://{pictures}/elsewhere/http://{host}/dress.png")
+    assert_problem(response, 400, "link-blocked")
+
+
+@pytest.mark.parametrize("host", PRIVATE_HOSTS)
+def test_other_ports_are_blocked(gateway, canary, host):
+    assert_problem(link(gateway, f"http://{host}:{canary()}/"), 400, "link-blocked")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://192.0.2.1/dress.png",
+        "data:image/png;base64,AAAA",
+        "http://somebody:secret@192.0.2.1/dress.png",
+        "http://{pictures}@127.0.0.1/",
+    ],
+)
+def test_other_links_are_blocked(gateway, pictures, url):
+    url = url.format(pictures=pictures)
+    assert_problem(link(gateway, url), 400, "link-blocked")
+    assert_problem(link(gateway, f"http://{pictures}/elsewhere/{url}"), 400, "link-blocked")
+
+
+def test_allowing_a_port_allows_no_other(gateway, pictures, canary):
+    host, _ = pictures.split(":")
+    assert_problem(link(gateway, f"http://{host}:{canary()}/"), 400, "link-blocked")
+    assert_problem(link(gateway, f"http://{host}/"), 400, "link-blocked")
+
+
+def test_redirects(gateway, pictures):
+    expected = send(gateway, PICTURE).json()
+    assert link(gateway, f"http://{pictures}/redirect/2").json() == expected
+    assert link(gateway, f"http://{pictures}/endless-redirect").json() == expected
+    PictureHost.visits.clear()
+    assert_problem(link(gateway, f"http://{pictures}/redirect/3"), 502, "link-failed")
+    assert PictureHost.visits == [f"/redirect/{n}" for n in (3, 2, 1, 0)]
+
+
+def test_hosts_that_fail(gateway, pictures, closed_port):
+    problem = assert_problem(link(gateway, f"http://{pictures}/nothing"), 502, "link-failed")
+    assert "404" in problem["detail"]
+    assert_problem(link(gateway, f"http://localhost:{closed_port}/"), 502, "link-failed")
+    assert_problem(link(gateway, f"http://{pictures}/page"), 415, "not-a-picture")
+
+
+def test_one_bad_link_among_good_ones_is_named(gateway, pictures):
+    good, bad = f"http://{pictures}/picture.png", f"http://localhost:{pictures[-1]}/"
+    problem = assert_problem(link(gateway, good, bad, good), 400, "link-blocked")
+    assert "port" in problem["detail"]
+    problem = assert_problem(link(gateway, good, "http://10.1.2.3/"), 400, "link-blocked")
+    assert "http://10.1.2.3/" in problem["detail"]
+
+
+@pytest.mark.parametrize("page", ["slow-body", "slow-header", "silent"])
+def test_slow_hosts(gateway, pictures, page):
+    assert_problem(link(gateway, f"http://{pictures}/{page}"), 504, "link-timeout")
+
+
+@pytest.mark.parametrize("page", ["large", "endless", "bomb"])
+def test_links_to_too_many_bytes(gateway, pictures, page):
+    response = link(gateway, f"http://{pictures}/{page}")
+    problem = assert_problem(response, 413, "request-entity-too-large")
+    assert "200,000 bytes" in problem["detail"]
+
+
+@pytest.mark.parametrize("size", [MAX_BYTES + 1, 20_000_000])
+def test_uploads_of_too_many_bytes(gateway, size):
+    problem = assert_problem(send(gateway, bytes(size)), 413, "request-entity-too-large")
+    assert "200,000 bytes" in problem["detail"]
+
+
+def test_too_many_pixels(gateway):
+    picture = encode(Image.new("1", (1001, 1000)))
+    assert len(picture) < 1000
+    problem = assert_problem(send(gateway, picture), 413, "request-entity-too-large")
+    assert "1,000,000 pixels" in problem["detail"]
+    assert_problem(
+        send(gateway, encode(Image.new("1", (30_000, 30_000)))), 413, "request-entity-too-large"
+    )
+    assert send(gateway, encode(Image.new("1", (1000, 1000)))).status_code == 200
+
+
+def test_proxies_of_the_environment_are_ignored(start_gateway, model_server, pictures, canary):
+    proxy = f"http://127.0.0.1:{canary()}"
+    gateway = start_gateway(
+        model_server.grpc,
+        ALLOWED_IMAGE_HOSTS=pictures,
+        **{name: proxy for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY")},
+    )
+    session = requests.Session()
+    session.trust_env = False
+    body = {"url": f"http://{pictures}/picture.png"}
+    assert session.post(f"{gateway.http}/predict", json=body, timeout=30).status_code == 200
+
+
+def test_wrong_addresses_and_methods(gateway):
+    assert_problem(requests.get(f"{gateway.http}/nothing", timeout=30), 404, "not-found")
+    response = requests.get(f"{gateway.http}/predict", timeout=30)
+    assert_problem(response, 405, "method-not-allowed")
+    assert "POST" in response.headers["Allow"]
+
+
+def test_health(gateway):
+    assert requests.get(f"{gateway.http}/livez", timeout=30).json() == {"status": "alive"}
+    ready = requests.get(f"{gateway.http}/readyz", timeout=30)
+    assert ready.status_code == 200
+    assert ready.json()["model"] == {"name": "clothing-model", "version": 1}
+
+
+def test_metrics(gateway, pictures):
+    def read(line: str) -> float:
+        text = requests.get(f"{gateway.http}/metrics", timeout=30).text
+        return next((float(m.split()[-1]) for m in text.splitlines() if m.startswith(line)), 0.0)
+
+    stages = {
+        f'gateway_seconds_count{{stage="{s}"}}' for s in ("fetch", "decode", "predict", "all")
+    }
+    blocked = 'gateway_problems_total{cause="link-blocked"}'
+    before = {line: read(line) for line in (*stages, blocked)}
+    link(gateway, f"http://{pictures}/picture.png")
+    link(gateway, "http://127.0.0.1/")
+    assert {line: read(line) - before[line] for line in before} == {
+        'gateway_seconds_count{stage="fetch"}': 2,
+        'gateway_seconds_count{stage="decode"}': 1,
+        'gateway_seconds_count{stage="predict"}': 1,
+        'gateway_seconds_count{stage="all"}': 2,
+        blocked: 1,
+    }
+    assert read("gateway_in_flight") == 0
+
+
+def test_website(gateway):
+    page = requests.get(gateway.http, timeout=30)
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert "//" not in page.text.replace("</", ""), "the page must load nothing from elsewhere"
+
+
+def test_key(start_gateway, model_server):
+    gateway = start_gateway(model_server.grpc, GATEWAY_API_KEY="sésame")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}):
+        response = send(gateway, PICTURE, headers=headers)
+        assert_problem(response, 401, "wrong-key")
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+    headers = {"Authorization": "Bearer sésame".encode()}
+    assert send(gateway, PICTURE, headers=headers).status_code == 200
+    assert requests.get(f"{gateway.http}/readyz", timeout=30).status_code == 200
+
+
+def test_several_workers_after_one_fork(start_gateway, model_server):
+    gateway = start_gateway(model_server.grpc, GUNICORN_CMD_ARGS="--workers 2 --preload")
+    with ThreadPoolExecutor(8) as clients:
+        answers = [*clients.map(lambda _: send(gateway, PICTURE).status_code, range(32))]
+    assert answers == [200] * 32
+
+
+def test_model_server_dead_then_alive(launch, start_gateway, tiny_model):
+    port, rest_port = free_port(), free_port()
+    gateway = start_gateway(f"localhost:{port}")
+    problem = assert_problem(send(gateway, PICTURE), 503, "model-unavailable")
+    assert str(port) not in problem["detail"]
+    ready = f"{gateway.http}/readyz"
+    assert_problem(requests.get(ready, timeout=30), 503, "model-unavailable")
+    assert requests.get(f"{gateway.http}/livez", timeout=30).status_code == 200
+
+    model_server = launch(
+        [
+            *(sys.executable, "-m", "model_server", f"--port={port}"),
+            *(f"--rest_api_port={rest_port}", "--model_name=clothing-model"),
+            f"--model_base_path={tiny_model}",
+        ],
+        http=f"http://127.0.0.1:{rest_port}",
+    )
+    wait_until_ready(gateway, ready, lambda body: b'"ready"' in body)
+    assert send(gateway, PICTURE).status_code == 200
+
+    model_server.stop()
+    assert_problem(requests.get(ready, timeout=30), 503, "model-unavailable")
+    assert_problem(send(gateway, PICTURE), 503, "model-unavailable")
+
+
+def test_model_server_that_says_nothing(start_gateway):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        gateway = start_gateway(target, PREDICT_TIMEOUT_SECONDS="0.5")
+        assert_problem(send(gateway, PICTURE), 504, "model-timeout")
+        assert_problem(requests.get(f"{gateway.http}/readyz", timeout=30), 504, "model-timeout")
+
+
+def save_other_model(path: Path, height: int = 48, width: int = 40, classes: int = 3) -> Path:
+    """Save a classifier whose names, size, types and number of classes are not the product's."""
+    import tensorflow as tf
+
+    module = tf.Module()
+    shape = [height * width * 3, classes]
+    module.weights = tf.Variable(tf.random.stateless_normal(shape, seed=[3, 4]) / 30)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, height, width, 3], tf.float16, name="look")])
+    def halves(look):
+        flat = tf.reshape(tf.cast(look, tf.float32), [-1, height * width * 3])
+        return {"guess": tf.ensure_shape(tf.nn.softmax(flat @ module.weights), [None, classes])}
+
+    @tf.function(input_signature=[tf.TensorSpec([None, height, width, 3], tf.uint8, name="raw")])
+    def pixels(raw):
+        return {"guess": halves(tf.cast(tf.cast(raw, tf.float32) / 127.5 - 1, tf.float16))["guess"]}
+
+    tf.saved_model.save(module, str(path), signatures={"serving_default": halves, "pixels": pixels})
+    return path
+
+
+def test_another_model_drops_in(start_model_server, start_gateway, tmp_path):
+    save_other_model(tmp_path / "other" / "7")
+    names = tmp_path / "names.txt"
+    names.write_text("sock\nglove\nscarf\n")
+    server = start_model_server(tmp_path / "other", model_name="other")
+    other = {"MODEL_NAME": "other", "CLASS_NAMES_FILE": str(names)}
+
+    answer = send(start_gateway(server.grpc, **other), PICTURE).json()
+    assert list(answer["predictions"]) == ["sock", "glove", "scarf"]
+    assert sum(answer["predictions"].values()) == pytest.approx(1, abs=1e-6)
+    assert answer["model"] == {"name": "other", "version": 7}
+
+    pixels = send(start_gateway(server.grpc, SIGNATURE_NAME="pixels", **other), PICTURE).json()
+    assert pixels["predictions"] == pytest.approx(answer["predictions"], abs=1e-6)
+
+    gateway = start_gateway(server.grpc, SIGNATURE_NAME="nonsense", **other)
+    problem = assert_problem(send(gateway, PICTURE), 503, "model-unsuitable")
+    assert "nonsense" in problem["detail"]
+
+    gateway = start_gateway(server.grpc, MODEL_NAME="other")
+    for response in (requests.get(f"{gateway.http}/readyz", timeout=30), send(gateway, PICTURE)):
+        problem = assert_problem(response, 503, "model-unsuitable")
+        assert "10 numbers" in problem["detail"]
+        assert "[-1, 3]" in problem["detail"]
+
+
+def test_model_replaced_while_serving(start_model_server, start_gateway, tiny_model, tmp_path):
+    base_path = tmp_path / "model"
+    base_path.mkdir()
+    (base_path / "1").symlink_to(tiny_model / "1")
+    server = start_model_server(base_path, "--file_system_poll_wait_seconds=1")
+    gateway = start_gateway(server.grpc)
+    first = send(gateway, PICTURE).json()
+    assert first["model"]["version"] == 1
+
+    save_other_model(tmp_path / "new", classes=10).rename(base_path / "2")
+    deadline = time.monotonic() + 30
+    while (answer := send(gateway, PICTURE)).json().get("model") != {
+        "name": "clothing-model",
+        "version": 2,
+    }:
+        assert answer.status_code == 200, answer.text
+        assert time.monotonic() < deadline
+    assert list(answer.json()["predictions"]) == CLASSES
+    assert answer.json()["predictions"] != first["predictions"]
+
+
+def test_tensorflow_is_not_imported():
+    program = "import sys, gateway; print([m for m in sys.modules if 'tensorflow' in m])"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_gateway_is_what_the_notebook_exports(tmp_path):
+    command = [*(sys.executable, "-m", "nbconvert", NOTEBOOK), *("--to", "python")]
+    command += ["--template", "gateway", "--TemplateExporter.extra_template_basedirs"]
+    command += ["notebooks/templates", "--output-dir", str(tmp_path), "--output", "gateway"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    exported = (tmp_path / "gateway.py").read_text()
+    assert exported == (ROOT / "gateway.py").read_text()
+    assert np.all([len(line) <= 100 for line in exported.splitlines()])
+    ruff = [sys.executable, "-m", "ruff", "format", "--check", str(tmp_path / "gateway.py")]
+    subprocess.run([*ruff, "--config", "pyproject.toml"], cwd=ROOT, check=True)
+
+
+def test_the_readme_names_every_variable_with_its_default() -> None:
+    source = (ROOT / "gateway.py").read_text()
+    defaults = dict(re.findall(r'\benv\(\s*"(\w+)", f?"([^"]*)"\)', source))
+    defaults = {name: value.replace("{app.root_path}/", "") for name, value in defaults.items()}
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \|", (ROOT / "README.md").read_text(), re.M)
+    documented = {name: value.strip("`").replace("none", "") for name, value in rows}
+    assert len(defaults) == 10
+    assert documented == defaults

@@ -1,0 +1,346 @@
+"""The embedded model server over REST: status, metadata, predictions in both forms, errors."""
+
+import base64
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import Server
+
+
+def export_shop(path: Path) -> None:
+    """Save a model whose signatures have one and several inputs of several dtypes."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, name="x")])
+    def half(x):
+        return {"y": x / 2}
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, 2], tf.float32, name="size"),
+            tf.TensorSpec([None], tf.string, name="label"),
+            tf.TensorSpec([None], tf.int64, name="count"),
+        ]
+    )
+    def describe(size, label, count):
+        return {
+            "area": size[:, 0] * size[:, 1],
+            "shout": tf.strings.upper(label),
+            "label_bytes": label,
+            "more": count + 1,
+        }
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    def measure(image_bytes):
+        return {"length": tf.strings.length(image_bytes), "total": tf.size(image_bytes)}
+
+    @tf.function(input_signature=[tf.TensorSpec(None, tf.float32, name="x")])
+    def invert(x):
+        return {"y": 1 / x}
+
+    def echo(dtype):
+        spec = tf.TensorSpec(None, dtype, name="x")
+        return tf.function(lambda x: {"y": tf.identity(x)}, input_signature=[spec])
+
+    dtypes = [tf.bool, tf.uint8, tf.int32, tf.int64, tf.float16, tf.float64, tf.string]
+    signatures = {f"echo_{dtype.name}": echo(dtype) for dtype in dtypes}
+    signatures["complex"] = tf.function(
+        lambda x: {"y": tf.cast(x, tf.complex64)},
+        input_signature=[tf.TensorSpec([None], tf.float32, name="x")],
+    )
+    signatures |= {"serving_default": half, "describe": describe, "measure": measure}
+    tf.saved_model.save(tf.Module(), str(path), signatures=signatures | {"invert": invert})
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, start_model_server: Callable[..., Server]
+) -> Iterator[Server]:
+    base_path = tmp_path_factory.mktemp("shop")
+    export_shop(base_path / "3")
+    server = start_model_server(base_path, "--rest_api_num_threads=4", model_name="shop")
+    yield server
+    server.stop()
+
+
+def call(server: Server, path: str, body: Any = None) -> tuple[int, Any]:
+    """GET, or POST a body (bytes as they are, anything else as JSON); return status and answer."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(server.http + path, data, timeout=30) as response:
+            assert response.headers["Content-Type"] == "application/json"
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            assert error.headers["Content-Type"] == "application/json"
+            return error.code, json.load(error)
+
+
+def predict(server: Server, body: Any, path: str = "/v1/models/shop") -> Any:
+    status, answer = call(server, f"{path}:predict", body)
+    assert status == 200, answer
+    return answer
+
+
+@pytest.mark.parametrize("path", ["/v1/models/shop", "/v1/models/shop/versions/3"])
+def test_status(server: Server, path: str) -> None:
+    assert call(server, path) == (
+        200,
+        {
+            "model_version_status": [
+                {
+                    "version": "3",
+                    "state": "AVAILABLE",
+                    "status": {"error_code": "OK", "error_message": ""},
+                }
+            ]
+        },
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/models/shop", "/v1/models/shop/versions/3"])
+def test_metadata(server: Server, path: str) -> None:
+    status, answer = call(server, f"{path}/metadata")
+    assert status == 200
+    assert answer["model_spec"] == {"name": "shop", "signature_name": "", "version": "3"}
+    signature = answer["metadata"]["signature_def"]["signature_def"]["serving_default"]
+    assert signature["method_name"] == "tensorflow/serving/predict"
+    info = signature["inputs"]["x"]
+    assert info["dtype"] == "DT_FLOAT"
+    assert info["tensor_shape"] == {
+        "dim": [{"size": "-1", "name": ""}, {"size": "2", "name": ""}],
+        "unknown_rank": False,
+    }
+
+
+@pytest.mark.parametrize("path", ["/v1/models/shop", "/v1/models/shop/versions/3"])
+def test_row_form(server: Server, path: str) -> None:
+    answer = predict(server, {"instances": [[1, 2.0], [3e0, 4]]}, path)
+    assert answer == {"predictions": [[0.5, 1.0], [1.5, 2.0]]}
+
+
+def test_row_form_with_named_input(server: Server) -> None:
+    answer = predict(server, {"instances": [{"x": [1, 2]}, {"x": [3, 4]}]})
+    assert answer == {"predictions": [[0.5, 1.0], [1.5, 2.0]]}
+
+
+def test_row_form_with_several_inputs_and_outputs(server: Server) -> None:
+    rows: list[dict[str, Any]] = [
+        {"size": [2, 3], "label": "dress", "count": 4},
+        {"size": [1, 5], "label": "hÿt \u0000", "count": 2**53 + 1},
+    ]
+    answer = predict(server, {"signature_name": "describe", "instances": rows})
+    encoded = [base64.b64encode(row["label"].encode()).decode() for row in rows]
+    assert answer == {
+        "predictions": [
+            {"area": 6.0, "shout": "DRESS", "label_bytes": {"b64": encoded[0]}, "more": 5},
+            {
+                "area": 5.0,
+                "shout": "HÿT \u0000",
+                "label_bytes": {"b64": encoded[1]},
+                "more": 2**53 + 2,
+            },
+        ]
+    }
+
+
+def test_column_form(server: Server) -> None:
+    assert predict(server, {"inputs": [[1, 2]]}) == {"outputs": [[0.5, 1.0]]}
+    assert predict(server, {"inputs": {"x": [[1, 2]]}}) == {"outputs": [[0.5, 1.0]]}
+    columns: dict[str, list] = {"size": [[2, 3]], "label": ["hat"], "count": [1]}
+    answer = predict(server, {"signature_name": "describe", "inputs": columns})
+    assert answer == {
+        "outputs": {
+            "area": [6.0],
+            "shout": ["HAT"],
+            "label_bytes": [{"b64": base64.b64encode(b"hat").decode()}],
+            "more": [2],
+        }
+    }
+
+
+def test_base64(server: Server) -> None:
+    encoded = [{"b64": base64.b64encode(bytes(range(n))).decode()} for n in (0, 1, 255)]
+    body: dict[str, Any] = {"signature_name": "measure", "inputs": encoded}
+    assert predict(server, body) == {"outputs": {"length": [0, 1, 255], "total": 3}}
+    body = {"signature_name": "echo_string", "inputs": {"b64": "aGk"}}  # without padding
+    assert predict(server, body) == {"outputs": "hi"}
+    body = {"signature_name": "echo_string", "instances": [{"b64": "aGk="}, "ho"]}
+    assert predict(server, body) == {"predictions": ["hi", "ho"]}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("bool", [[True, False], [False, True]]),
+        ("uint8", [0, 255]),
+        ("int32", [-(2**31), 2**31 - 1]),
+        ("int64", [-(2**63), 2**63 - 1]),
+        ("float16", [0.5, -2.0]),
+        ("float64", [0.1, 1e300, -5e-324]),
+        ("string", [["", "a"], ["ü", "\u2028"]]),
+        ("int32", 5),
+        ("int32", []),
+        ("int32", [[], []]),
+        ("int32", [[[[1], [2]]]]),
+    ],
+)
+def test_values_cross_unchanged(server: Server, dtype: str, value: Any) -> None:
+    body = {"signature_name": f"echo_{dtype}", "inputs": value}
+    assert predict(server, body) == {"outputs": value}
+
+
+def test_nan_and_infinity(server: Server) -> None:
+    body = b'{"signature_name": "invert", "inputs": [0, -0.0, NaN, Infinity, -Infinity, 3]}'
+    y = predict(server, body)["outputs"]
+    assert y[:2] == [math.inf, -math.inf]
+    assert math.isnan(y[2])
+    assert [y[3], math.copysign(1, y[4])] == [0.0, -1.0]
+    assert np.float32(y[5]) == np.float32(1) / np.float32(3)
+
+
+def test_floats_are_written_in_the_digits_of_their_own_precision(server: Server) -> None:
+    body = json.dumps({"inputs": [[0.2, 16777215]]}).encode()
+    with urllib.request.urlopen(f"{server.http}/v1/models/shop:predict", body) as response:
+        assert response.read().split() == b'{ "outputs": [[0.1, 8388607.5]] }'.split()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("/v1/models/nobody", None, 404, "Could not find any versions of model nobody"),
+        ("/v1/models/shop/versions/4", None, 404, "Could not find version 4 of model shop"),
+        ("/v1/models/nobody/metadata", None, 404, "Servable not found for request: Latest(nobody)"),
+        ("/v1/models/nobody:predict", {"inputs": 1}, 404, "Servable not found for request"),
+        ("/v1/models/shop/versions/4:predict", {"inputs": 1}, 404, "Specific(shop, 4)"),
+        (f"/v1/models/shop/versions/{2**63}", None, 400, "Failed to convert version"),
+        ("/v1/models/shop/versions/new", None, 400, "Malformed request: GET /v1/models/shop/ver"),
+        ("/v1/models/shop", {}, 400, "Malformed request: POST /v1/models/shop"),
+        ("/v1/models/shop:predict", None, 400, "Malformed request: GET /v1/models/shop:predict"),
+        ("/v2/models/shop", None, 404, "there is nothing at /v2/models/shop"),
+        ("/v1/models/shop:classify", {}, 501, "does not answer :classify"),
+    ],
+)
+def test_bad_address(server: Server, path: str, body: Any, status: int, message: str) -> None:
+    answered, answer = call(server, path, body)
+    assert answered == status
+    assert answer.keys() == {"error"}
+    assert message in answer["error"]
+
+
+BAD_BODIES: dict[str, tuple[Any, str]] = {
+    "empty": (b"", "JSON Parse error: The document is empty"),
+    "not JSON": (b"instances = [1, 2]", "JSON Parse error"),
+    "cut off": (b'{"instances": [[1, 2', "JSON Parse error"),
+    "not UTF-8": (b'{"instances": ["\xff"]}', "JSON Parse error"),
+    "endless nesting": (b'{"instances":' + b"[" * 100_000, "JSON Parse error"),
+    "not an object": ([1, 2], "Is not object"),
+    "neither key": ({}, "Missing 'inputs' or 'instances' key"),
+    "both keys": ({"inputs": [[1, 2]], "instances": [[1, 2]]}, "expecting only one of"),
+    "no instances": ({"instances": []}, "No values in 'instances' array"),
+    "instances no list": ({"instances": 5}, "Expecting 'instances' to be an list/array"),
+    "signature no string": (
+        {"signature_name": 100, "inputs": 1},
+        "'signature_name' key must be a string value.",
+    ),
+    "unknown signature": (
+        {"signature_name": "fly", "inputs": 1},
+        'Serving signature name: "fly" not found in signature def',
+    ),
+    "string for float": (
+        {"instances": [["x", "y"]]},
+        "Failed to process element: 0 of 'instances' list. Error: JSON Value: \"x\" Type: String "
+        "is not of expected type: float",
+    ),
+    "bool for float": ({"inputs": [[1, True]]}, "JSON Value: true Type: True is not of expected"),
+    "null": ({"inputs": [[1, None]]}, "JSON Value: null Type: Null is not of expected type: float"),
+    "float for integer": (
+        {"signature_name": "echo_int32", "inputs": [1, 2.0]},
+        "JSON Value: 2.0 Type: Number is not of expected type: int32",
+    ),
+    "integer out of range": (
+        {"signature_name": "echo_uint8", "inputs": [256]},
+        "JSON Value: 256 Type: Number is not of expected type: uint8",
+    ),
+    "integer for bool": ({"signature_name": "echo_bool", "inputs": [1]}, "expected type: bool"),
+    "integer that a float cannot hold": (
+        {"inputs": [[1, 16777217]]},
+        "Cannot convert JSON value: 16777217 to float without loss of precision.",
+    ),
+    "number beyond float": ({"inputs": [[1, 1e39]]}, "Cannot convert JSON value: 1e+39 to float"),
+    "integer beyond double": ({"inputs": [[1, 10**400]]}, "without loss of precision"),
+    "ragged": (
+        {"inputs": [[1, 2], [3]]},
+        "Encountered list at unexpected size: 1 at level: 1 expected size: 2",
+    ),
+    "ragged rows": (
+        {"instances": [[1, 2], [3]]},
+        "Failed to process element: 1 of 'instances' list. Error: Expecting shape [2] but got: [1]",
+    ),
+    "number beside list": ({"inputs": [[1, 2], 3]}, "JSON Value: 3 found at incorrect level: 2"),
+    "list beside number": ({"inputs": [3, [1, 2]]}, "JSON Value: [1, 2] Type: Array is not of"),
+    "wrong shape": ({"inputs": [[1, 2, 3]]}, "input x has shape [1, 3]"),
+    "object beside list": (
+        {"instances": [[1, 2], {"x": [1, 2]}]},
+        "Expecting value/list but got object at item 1 of input list",
+    ),
+    "list beside object": (
+        {"instances": [{"x": [1, 2]}, [1, 2]]},
+        "Expecting object but got list at item 1 of input list",
+    ),
+    "misnamed input in a row": (
+        {"instances": [{"z": [1, 2]}]},
+        "keys must be equal to: x",
+    ),
+    "misnamed input in a column": (
+        {"inputs": {"z": [[1, 2]]}},
+        "Missing named input: x in 'inputs' object.",
+    ),
+    "rows without names": (
+        {"signature_name": "describe", "instances": [[1, 2]]},
+        "instances is a plain list, but expecting list of objects",
+    ),
+    "column without names": (
+        {"signature_name": "describe", "inputs": [[1, 2]]},
+        "inputs is a plain value/list, but expecting an object",
+    ),
+    "not base64": (
+        {"signature_name": "measure", "inputs": [{"b64": "?"}]},
+        "Unable to base64 decode",
+    ),
+    "no string in base64": (
+        {"signature_name": "measure", "inputs": [{"b64": 5}]},
+        "not formatted correctly for base64 data",
+    ),
+    "object for float": ({"inputs": [[1, {"b64": "aGk="}]]}, "Type: Object is not of expected"),
+    "scalar output in row form": (
+        {"signature_name": "measure", "instances": ["a"]},
+        "Tensor name: total has no shape information",
+    ),
+    "complex output": (
+        {"signature_name": "complex", "inputs": [1]},
+        "Failed to write JSON value for tensor type: complex64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_bad_body(server: Server, name: str) -> None:
+    body, message = BAD_BODIES[name]
+    status, answer = call(server, "/v1/models/shop:predict", body)
+    assert answer.keys() == {"error"}
+    assert (status, message in answer["error"]) == (400, True), answer
+    assert predict(server, {"inputs": [[1, 2]]})
+
+
+def test_body_of_a_picture(server: Server) -> None:
+    picture = np.random.default_rng(2).random([1, 224, 224, 3], np.float32)
+    answer = predict(server, {"signature_name": "invert", "instances": picture.tolist()})
+    np.testing.assert_array_equal(np.float32(answer["predictions"]), 1 / picture)

@@ -1,0 +1,179 @@
+"""Every notebook runs from top to bottom, and is what a reader may expect of a lesson."""
+
+import ast
+import ipaddress
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import uuid
+from itertools import pairwise
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from conftest import ROOT, free_port
+
+from notebooks.engine import docker
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb"))
+ENDING = ["Checkpoint", "Clean up", "What you built", "Exercises"]
+# Ranges that belong to no machine of ours: examples, and the metadata address of the clouds.
+EXAMPLES = ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "169.254.169.254/32")
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def outputs(path: Path) -> list[nbformat.NotebookNode]:
+    return [output for cell in code_cells(path) for output in cell.outputs]
+
+
+def lines_of(cell: nbformat.NotebookNode) -> int:
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
+
+
+def parameters(path: Path) -> dict[str, object]:
+    """The names and values of the one cell tagged `parameters`; fails on anything but literals."""
+    (cell,) = [c for c in code_cells(path) if "parameters" in c.metadata.get("tags", [])]
+    values = {}
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign), ast.unparse(statement)
+        (target,) = statement.targets
+        assert isinstance(target, ast.Name), ast.unparse(statement)
+        values[target.id] = ast.literal_eval(statement.value)
+    return values
+
+
+def text_without_pictures(path: Path) -> str:
+    node = read(path)
+    for cell in node.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("image/png", None)
+    return json.dumps(node, ensure_ascii=False)
+
+
+def test_lessons_are_numbered_from_one_without_a_gap() -> None:
+    assert len(NOTEBOOKS) >= 4
+    assert [path.name[:2] for path in NOTEBOOKS] == [
+        f"{number:02}" for number in range(1, len(NOTEBOOKS) + 1)
+    ]
+
+
+def test_lesson_01_exports_a_model_that_can_be_served(clothing_model: Path) -> None:
+    """The fixture executes the notebook, once for all tests."""
+    assert (clothing_model / "1" / "saved_model.pb").stat().st_size > 0
+    assert (clothing_model / "1" / "variables").is_dir()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+def test_lesson_runs_and_leaves_nothing_behind(
+    path: Path, clothing_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(clothing_model, tmp_path / "clothing-model")
+    values = {"EXPORT_DIR": model, "GRPC_PORT": 0, "REST_PORT": 0, "GATEWAY_PORT": 0}
+    chosen = {name: values[name] or free_port() for name in parameters(path) if name in values}
+    mark = uuid.uuid4().hex
+    containers = docker("ps", "--quiet") if shutil.which("docker") else ""
+
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "papermill", path, tmp_path / "executed.ipynb"),
+            *("--kernel", "python3", "--no-progress-bar"),
+            *(word for item in chosen.items() for word in ("-p", *map(str, item))),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TEST_MARK": mark},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not processes_with(mark)
+    assert containers == (docker("ps", "--quiet") if shutil.which("docker") else "")
+
+
+def processes_with(mark: str) -> list[list[str]]:
+    """The command lines of those processes that have inherited TEST_MARK."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TEST_MARK") == mark:
+                found.append(process.cmdline())
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@every_notebook
+def test_begins_and_ends_as_every_lesson_does(path: Path) -> None:
+    cells = read(path).cells
+    assert re.match(rf"# {path.name[:2]} · [A-Z]", cells[0].source)
+    headings = re.findall(
+        r"^## (.+)$", "\n".join(c.source for c in cells if c.cell_type == "markdown"), re.MULTILINE
+    )
+    assert headings[-4:] == ENDING
+    parameters(path)
+    following = NOTEBOOKS[NOTEBOOKS.index(path) + 1 :]
+    if following:
+        assert f"]({following[0].name})" in cells[-1].source
+
+
+@every_notebook
+def test_cells_are_small_and_explained(path: Path) -> None:
+    cells = read(path).cells
+    code = code_cells(path)
+    lengths = [lines_of(cell) for cell in code]
+    assert 25 <= len(cells) <= 50
+    assert max(lengths) <= 25
+    # The cells that become gateway.py are whole functions of a program.
+    own = [lines_of(cell) for cell in code if "gateway" not in cell.metadata.get("tags", [])]
+    assert statistics.median(own) <= 4
+    assert statistics.quantiles(own, n=10, method="inclusive")[-1] <= 12
+    introduced = sum(
+        before.cell_type == "markdown" and cell.cell_type == "code"
+        for before, cell in pairwise(cells)
+    )
+    assert introduced >= 0.75 * len(code)
+
+
+@every_notebook
+def test_is_committed_with_the_outputs_of_one_clean_run(path: Path) -> None:
+    node = read(path)
+    nbformat.validate(node)
+    ids = [cell.id for cell in node.cells]
+    assert len(set(ids)) == len(ids)
+    code = code_cells(path)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    # Papermill takes a committed error for a failed run, so a lesson catches those it shows.
+    assert [o.ename for o in outputs(path) if o.output_type == "error"] == []
+    assert node.metadata.kernelspec.name == "python3"
+
+
+@every_notebook
+def test_shows_figures_and_nothing_of_the_machine(path: Path) -> None:
+    assert path.stat().st_size < 200_000
+    pictures = {
+        kind for o in outputs(path) for kind in o.get("data", {}) if kind.startswith("image/")
+    }
+    assert pictures == {"image/png"}
+    text = text_without_pictures(path)
+    assert re.findall(r"(?<![\w.])/(?:root|home|work|tmp|opt|Users)/[^\s\"]*", text) == []
+    printed = "\n".join(
+        str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in outputs(path)
+    )
+    for address in re.findall(r"\b(?:\d{1,3}\.){3}\d{1,3}\b", printed):
+        ip = ipaddress.ip_address(address)
+        example = any(ip in ipaddress.ip_network(each) for each in EXAMPLES)
+        assert ip.is_loopback or ip.is_unspecified or example, address
