@@ -13,6 +13,7 @@ help:
 	@echo "  make workbook   execute the notebooks, write them as pages to build/workbook/"
 	@echo "                  (some of them: make workbook ONLY=\"02 03\")"
 	@echo "  make test       lint, check types, run every test"
+	@echo "                  (some of them: make test ARGS=\"-k gateway\")"
 	@echo "  make lab        open the notebooks in JupyterLab"
 	@echo "  make serve      model server and gateway, until Ctrl-C"
 	@echo "  make lock       resolve Pipfile anew into Pipfile.lock"

@@ -106,7 +106,7 @@ def start_gateway(launch: Callable[..., Server]) -> Callable[..., Server]:
         port = free_port()
         server = launch(
             [
-                *(sys.executable, "-m", "gunicorn", "--threads", "8"),
+                *(sys.executable, "-m", "gunicorn", "--no-control-socket", "--threads", "8"),
                 *("--bind", f"127.0.0.1:{port}", "gateway:app"),
             ],
             http=f"http://127.0.0.1:{port}",
