@@ -18,7 +18,7 @@ subprocess.run(
 path = Path("Pipfile.lock")
 lock = json.loads(path.read_text())
 lock["_meta"]["sources"] = []
-for section in ("default", "develop"):
+for section in lock.keys() - {"_meta"}:
     for name, package in lock[section].items():
         package.pop("index", None)
         if not package.get("hashes"):
