@@ -5,7 +5,7 @@ PY := .venv/bin/python
 # The kernel named python3 is the one of .venv, whatever else is installed for this user.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: help workbook test lab serve lock clean setup tools
+.PHONY: help workbook test lab serve bench lock clean setup tools
 
 help:
 	@echo "Clothes to Cluster"
@@ -16,6 +16,8 @@ help:
 	@echo "                  (some of them: make test ARGS=\"-k gateway\")"
 	@echo "  make lab        open the notebooks in JupyterLab"
 	@echo "  make serve      model server and gateway, until Ctrl-C"
+	@echo "  make bench      measure the embedded model server, in two minutes or so"
+	@echo "                  (more requests for its memory: make bench REQUESTS=20000)"
 	@echo "  make lock       resolve Pipfile anew into Pipfile.lock"
 	@echo "  make clean      remove what these commands have made"
 	@echo
@@ -40,10 +42,13 @@ lab: setup
 serve: setup
 	@$(PY) -m notebooks.serve
 
+bench: setup
+	@$(PY) bench/model_server.py $(if $(REQUESTS),--requests $(REQUESTS))
+
 lock: tools
 	@.tools/bin/python notebooks/lock.py
 
 clean:
-	rm -rf build .venv .tools .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build .venv .tools .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -47,7 +47,7 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(ModelServer)}
     for name, (kind, help_text) in FLAGS.items():
         default = defaults.get(name)
-        shown = "" if default in (None, (), dataclasses.MISSING) else f" (default: {default})"
+        shown = "" if default in (None, (), "", dataclasses.MISSING) else f" (default: {default})"
         parser.add_argument(
             f"--{name}",
             type=kind,
@@ -66,7 +66,7 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
         name = unknown[0].partition("=")[0]
         close = difflib.get_close_matches(name, [f"--{known}" for known in fields], 1)
         parser.error(f"unknown flag {name}" + "".join(f"; did you mean {flag}?" for flag in close))
-    if not flags.model_base_path:
+    if not flags.model_base_path and not flags.model_config_file:
         parser.error(f"--model_base_path is missing: the {FLAGS['model_base_path'][1]}")
     if flags.port and flags.port == flags.rest_api_port:
         parser.error("--port and --rest_api_port must differ")
@@ -129,6 +129,23 @@ FLAGS: dict[str, tuple[Any, str]] = {
         str,
         "folder that holds each version of the model in a folder named by its number",
     ),
+    "model_config_file": (
+        str,
+        "file that lists the models in place of the two flags above: a ModelServerConfig in "
+        "protobuf's text format",
+    ),
+    "model_config_file_poll_wait_seconds": (
+        int,
+        "seconds between two looks for changes in that file; 0 means never",
+    ),
+    "allow_version_labels_for_unavailable_models": (
+        _boolean,
+        "let a new label point to a version that is not AVAILABLE yet, as at the start",
+    ),
+    "force_allow_any_version_labels_for_unavailable_models": (
+        _boolean,
+        "let any label point to a version that is not AVAILABLE",
+    ),
     "file_system_poll_wait_seconds": (
         int,
         "seconds between two looks for new versions; 0 looks once, a negative number never",
@@ -145,6 +162,18 @@ FLAGS: dict[str, tuple[Any, str]] = {
         _boolean,
         "answer Predict with tensor_content in place of typed fields",
     ),
+    "enable_signature_method_name_check": (
+        _boolean,
+        "answer Classify and Regress only where the signature's method_name says so",
+    ),
+    "enable_grpc_healthcheck_service": (_boolean, "answer grpc.health.v1.Health, too"),
+    "enable_batching": (_boolean, "merge concurrent requests into one run of the model"),
+    "batching_parameters_file": (str, "text file with BatchingParameters"),
+    "enable_per_model_batching_parameters": (
+        _boolean,
+        "read them from batching_params.pbtxt beside each SavedModel",
+    ),
+    "monitoring_config_file": (str, "text file with a MonitoringConfig"),
     "grpc_max_threads": (int, "threads that answer gRPC requests"),
     "grpc_channel_arguments": (
         _channel_arguments,
@@ -163,21 +192,11 @@ FLAGS: dict[str, tuple[Any, str]] = {
 
 # The other flags of tensorflow_model_server.
 WITHOUT_EFFECT = [
-    "allow_version_labels_for_unavailable_models",
-    "batching_parameters_file",
-    "enable_batching",
-    "enable_grpc_healthcheck_service",
-    "enable_per_model_batching_parameters",
     "enable_profiler",
-    "enable_signature_method_name_check",
     "enforce_session_run_timeout",
     "flush_filesystem_caches",
-    "force_allow_any_version_labels_for_unavailable_models",
     "grpc_socket_path",
     "mixed_precision",
-    "model_config_file",
-    "model_config_file_poll_wait_seconds",
-    "monitoring_config_file",
     "num_load_threads",
     "num_tflite_interpreters_per_pool",
     "num_tflite_pools",

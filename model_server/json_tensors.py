@@ -18,7 +18,7 @@ from .errors import ServingError, invalid_argument
 from .tensors import dtype_name
 
 MAX_SHOWN_CHARACTERS = 500
-_JSON_TYPES = {
+JSON_TYPES = {
     dict: "Object",
     list: "Array",
     str: "String",
@@ -38,7 +38,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise invalid_argument(f"JSON Parse error: {error}") from error
     if not isinstance(document, dict):
-        raise invalid_argument(f"JSON Value: {_show(document)} Is not object")
+        raise invalid_argument(f"JSON Value: {show(document)} Is not object")
     return document
 
 
@@ -51,7 +51,7 @@ def parse_inputs(
     """
     if "instances" in document and "inputs" in document:
         raise invalid_argument(
-            f"JSON Value: {_show(document)} Not formatted correctly expecting only one of "
+            f"JSON Value: {show(document)} Not formatted correctly expecting only one of "
             "'inputs' or 'instances' keys to exist"
         )
     if "instances" in document:
@@ -89,7 +89,7 @@ def format_columns(outputs: Mapping[str, np.ndarray]) -> str:
 def _parse_rows(rows: Any, declared: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if not isinstance(rows, list):
         raise invalid_argument(
-            f"JSON Value: {_show(rows)} Expecting 'instances' to be an list/array"
+            f"JSON Value: {show(rows)} Expecting 'instances' to be an list/array"
         )
     if not rows:
         raise invalid_argument("No values in 'instances' array")
@@ -103,7 +103,7 @@ def _parse_rows(rows: Any, declared: Mapping[str, Any]) -> dict[str, np.ndarray]
         if named and row.keys() != declared.keys():
             raise invalid_argument(
                 f"Failed to process element: {index} of 'instances' list. JSON object: "
-                f"{_show(row)} keys must be equal to: {','.join(sorted(declared))}"
+                f"{show(row)} keys must be equal to: {','.join(sorted(declared))}"
             )
     if named:
         return {
@@ -164,7 +164,7 @@ def parse_tensor(value: Any, dtype: int) -> np.ndarray:
         if set(map(type, level)) != {list}:
             stray = next(item for item in level if not isinstance(item, list))
             raise invalid_argument(
-                f"JSON Value: {_show(stray)} found at incorrect level: {len(shape) + 1} "
+                f"JSON Value: {show(stray)} found at incorrect level: {len(shape) + 1} "
                 "in the JSON DOM. Expected beside it: lists"
             )
         size = len(level[0])
@@ -197,7 +197,7 @@ def _values(values: list, dtype: Any) -> np.ndarray:
         return _decimals(values, dtype)
     raise ServingError(
         grpc.StatusCode.UNIMPLEMENTED,
-        f"Conversion of JSON Value: {_show(values[:1])} to type: {_name(dtype)}",
+        f"Conversion of JSON Value: {show(values[:1])} to type: {_name(dtype)}",
     )
 
 
@@ -225,15 +225,15 @@ def _require(values: list, dtype: Any, *types: type) -> None:
 
 
 def _type_error(value: Any, dtype: Any) -> ServingError:
-    kind = str(value) if isinstance(value, bool) else _JSON_TYPES[type(value)]
+    kind = str(value) if isinstance(value, bool) else JSON_TYPES[type(value)]
     return invalid_argument(
-        f"JSON Value: {_show(value)} Type: {kind} is not of expected type: {_name(dtype)}"
+        f"JSON Value: {show(value)} Type: {kind} is not of expected type: {_name(dtype)}"
     )
 
 
 def _lossy_error(value: float, dtype: Any) -> ServingError:
     return invalid_argument(
-        f"Cannot convert JSON value: {_show(value)} to {_name(dtype)} without loss of precision."
+        f"Cannot convert JSON value: {show(value)} to {_name(dtype)} without loss of precision."
     )
 
 
@@ -241,9 +241,7 @@ def _string(value: str | dict) -> bytes:
     if isinstance(value, str):
         return value.encode("utf-8", "surrogatepass")
     if _is_named(value):
-        raise invalid_argument(
-            f"JSON Value: {_show(value)} not formatted correctly for base64 data"
-        )
+        raise invalid_argument(f"JSON Value: {show(value)} not formatted correctly for base64 data")
     text = "".join(value["b64"].split()).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -287,7 +285,7 @@ def _dump(key: str, value: Any) -> str:
     return f'{{\n    "{key}": {json.dumps(value, ensure_ascii=False)}\n}}'
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """Write a JSON value for a message, cut where it would fill a screen."""
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."

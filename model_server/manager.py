@@ -1,18 +1,19 @@
 """Which versions of which model are there, in what state, and which one answers a request."""
 
+import contextlib
 import dataclasses
 import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 from tensorflow_serving.apis import get_model_status_pb2
 
+from . import config as model_config
 from .errors import ServingError, invalid_argument
 from .servable import Servable
 
@@ -24,30 +25,39 @@ REMINDER_SECONDS = 60.0
 
 @dataclasses.dataclass
 class Version:
-    """A numbered version of a model, from the first attempt to load it until the server ends."""
+    """A numbered version of a model, from when its folder is found until the server ends.
+
+    ``aspired`` says whether it is to be served; ``tried`` and ``seen`` are what its folder held
+    when an attempt to load it began, and at the last look.
+    """
 
     number: int
-    state: int = State.LOADING
+    state: int = State.START
+    aspired: bool = True
     servable: Servable | None = None
     error: ServingError | None = None
     in_flight: int = 0
     failures: int = 0
     retry_at: float = 0.0
+    tried: frozenset = frozenset()
+    seen: frozenset = frozenset()
 
 
 class Model:
-    """The versions of one model: those found below its base path, and those that were."""
+    """The versions of one model: those found below its base path, and those that were.
+
+    ``config`` is its ``ModelConfig``, or None when it is no longer to be served.
+    """
 
     def __init__(
         self,
         name: str,
-        base_path: Path,
         load: Callable[[Path], Servable],
         max_num_load_retries: int = 5,
         load_retry_interval_micros: int = 60_000_000,
     ):
         self.name = name
-        self.base_path = base_path
+        self.config: Any = None
         self.versions: dict[int, Version] = {}
         self.changed = threading.Condition()
         self._load_servable = load
@@ -57,36 +67,79 @@ class Model:
 
     def available(self) -> list[int]:
         """Return the numbers of the versions that answer requests, in ascending order."""
-        return sorted(n for n, v in self.versions.items() if v.state == State.AVAILABLE)
+        with self.changed:
+            return sorted(n for n, v in self.versions.items() if v.state == State.AVAILABLE)
 
     def lost(self) -> ServingError | None:
-        """Return the error of the newest version when no attempt to load it is left."""
-        failed = [v for v in self.versions.values() if v.failures > self._max_num_load_retries]
-        return max(failed, key=lambda v: v.number).error if failed else None
+        """Return the error of the newest version when no attempt to load any of them is left."""
+        aspired = [version for version in self.versions.values() if version.aspired]
+        if aspired and all(v.failures > self._max_num_load_retries for v in aspired):
+            return max(aspired, key=lambda version: version.number).error
+        return None
+
+    def trouble(self) -> str:
+        """Say in TensorFlow Serving's words why no version is available."""
+        with self.changed:
+            failed = [v for v in self.versions.values() if v.aspired and v.error]
+            if not failed:
+                reason = self._said[0] or "no version has been looked for"
+                return f"{{{{name: {self.name}}} due to error: {reason}}}, "
+            version = max(failed, key=lambda version: version.number)
+            assert version.error
+            return (
+                f"{{{{name: {self.name} version: {version.number}}} due to error: "
+                f"{version.error.code.name}: {version.error.message}}}, "
+            )
 
     def poll(self) -> None:
-        """Bring the versions in line with the base path: load the newest, then unload the others.
+        """Bring the versions in line with the base path and the policy: load, then unload.
 
-        The others go only when the newest is AVAILABLE, or when nothing is left to serve.
+        What the policy no longer wants goes only when something that it wants is AVAILABLE, or
+        when nothing is left to serve.
         """
-        found = self._find_versions()
+        config = self.config
+        found = {} if config is None else self._find_versions(config)
         if found is None:
             return
-        aspired = sorted(found)[-1:]
+        aspired = self._aspired(config, found)
+        with self.changed:
+            for number in aspired:
+                self.versions.setdefault(number, Version(number))
+            for number, version in self.versions.items():
+                version.aspired = number in aspired
+                if not version.aspired:
+                    version.failures, version.retry_at = 0, 0.0
         for number in aspired:
-            if self._wants_loading(number):
-                self._load(number, found[number])
+            if self._wants_loading(self.versions[number], found[number]):
+                self._load(self.versions[number], found[number])
         if not aspired or set(aspired) & set(self.available()):
             for number in self.available():
                 if number not in aspired:
                     self._unload(self.versions[number])
-        for number, version in self.versions.items():
-            if number not in aspired:
-                version.failures, version.retry_at = 0, 0.0
 
-    def _find_versions(self) -> dict[int, Path] | None:
+    def _aspired(self, config: Any, found: dict[int, Path]) -> list[int]:
+        """Return which of the versions in ``found`` are to be served, newest first."""
+        newest_first = sorted(found, reverse=True)
+        if not found:
+            return []
+        policy = config.model_version_policy
+        choice = policy.WhichOneof("policy_choice")
+        if choice == "all":
+            return newest_first
+        if choice == "specific":
+            if missing := sorted(set(policy.specific.versions) - set(found)):
+                self._say(
+                    f"Version {', '.join(map(str, missing))} of servable {self.name}, which was "
+                    "requested to be served as a 'specific' version in the servable's version "
+                    f"policy, was not found in the file system (below {config.base_path} there "
+                    f"is: {', '.join(map(str, sorted(found)))})"
+                )
+            return [number for number in newest_first if number in policy.specific.versions]
+        return newest_first[: max(1, policy.latest.num_versions)]
+
+    def _find_versions(self, config: Any) -> dict[int, Path] | None:
         """Return number and folder of each version; None when the base path cannot be read."""
-        path = self.base_path
+        path = Path(config.base_path)
         try:
             names = sorted(entry.name for entry in path.iterdir())
         except OSError as error:
@@ -118,19 +171,25 @@ class Model:
             log.warning(message)
             self._said = message, time.monotonic()
 
-    def _wants_loading(self, number: int) -> bool:
-        version = self.versions.get(number)
-        if version is None or (version.state == State.END and version.error is None):
+    def _wants_loading(self, version: Version, path: Path) -> bool:
+        """Say whether it is time for an attempt, the first or another."""
+        if version.state != State.END:
+            return version.state == State.START
+        if version.error is None:
             return True
+        before, version.seen = version.seen, _look_into(path)
+        if version.seen == before != version.tried:
+            # Somebody has worked on the folder, and seems to be done: two looks agree.
+            version.failures, version.retry_at = 0, 0.0
         return (
-            version.state == State.END
-            and version.failures <= self._max_num_load_retries
-            and time.monotonic() >= version.retry_at
+            version.failures <= self._max_num_load_retries and time.monotonic() >= version.retry_at
         )
 
-    def _load(self, number: int, path: Path) -> None:
+    def _load(self, version: Version, path: Path) -> None:
+        number = version.number
+        log.info("loading version %d of %s", number, self.name)
+        version.tried = version.seen = _look_into(path)
         with self.changed:
-            version = self.versions.setdefault(number, Version(number))
             version.state, version.error = State.LOADING, None
         try:
             servable = self._load_servable(path)
@@ -174,12 +233,38 @@ class Model:
         log.info("unloaded version %d of %s", version.number, self.name)
 
 
-class ModelManager:
-    """Keeps the models in line with the file system, and hands their servables to requests."""
+def _look_into(path: Path) -> frozenset:
+    """Note size and time of change of everything in a folder."""
+    entries = set()
+    with contextlib.suppress(OSError):  # gone, or not readable: that is a look, too
+        for entry in (path, *path.rglob("*")):
+            status = entry.stat()
+            entries.add((entry, status.st_size, status.st_ctime_ns))
+    return frozenset(entries)
 
-    def __init__(self, models: Iterable[Model], file_system_poll_wait_seconds: int = 1):
-        self._models = {model.name: model for model in models}
+
+class ModelManager:
+    """Keeps the models in line with config and file system; hands their servables to requests."""
+
+    def __init__(
+        self,
+        make_model: Callable[[str], Model],
+        file_system_poll_wait_seconds: int = 1,
+        allow_version_labels_for_unavailable_models: bool = False,
+        force_allow_any_version_labels_for_unavailable_models: bool = False,
+    ):
+        self.config: Any = None
+        self._make_model = make_model
+        self._models: dict[str, Model] = {}
+        self._labels: dict[str, dict[str, int]] = {}
+        self._allow_labels = allow_version_labels_for_unavailable_models
+        self._allow_any_labels = force_allow_any_version_labels_for_unavailable_models
         self._poll_wait_seconds = file_system_poll_wait_seconds
+        self._configuring = threading.Lock()
+        self._configs = 0  # how many there have been, and how many a look for versions has followed
+        self._configs_polled = 0
+        self._polled = threading.Condition()
+        self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="versions", daemon=True)
 
@@ -190,7 +275,51 @@ class ModelManager:
     def stop(self, timeout: float) -> None:
         """Stop polling; wait up to ``timeout`` seconds for a version that is being loaded."""
         self._stop.set()
-        self._thread.join(max(0, timeout))
+        self._wake.set()
+        with self._polled:
+            self._polled.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(max(0, timeout))
+
+    def configure(self, config: Any) -> list[Model]:
+        """Serve what a ``ModelServerConfig`` lists from now on; return the models that are new.
+
+        Raises ServingError, and changes nothing, when the config is wrong, or when a label points
+        to a version that is not available.
+        """
+        with self._configuring:
+            model_config.check(config, self.config)
+            labels = self._check_labels(config)
+            before = model_config.listed(self.config) if self.config is not None else {}
+            listed = model_config.listed(config)
+            for name in listed:
+                if name not in self._models:
+                    self._models[name] = self._make_model(name)
+            for name, model in self._models.items():
+                model.config = listed.get(name)
+            if not listed:
+                log.warning("the config lists no model: nothing is served")
+            self.config, self._labels = config, labels
+            self._configs += 1
+            self._wake.set()
+            return [self._models[name] for name in listed if name not in before]
+
+    def reload(self, config: Any) -> None:
+        """Do as ``configure`` does, and wait until versions have been loaded and unloaded.
+
+        Raises ServingError also when a new model has no available version then; it is still
+        looked for.
+        """
+        new = self.configure(config)
+        number = self._configs
+        with self._polled:
+            self._polled.wait_for(lambda: self._configs_polled >= number or self._stop.is_set())
+        if missing := [model for model in new if not model.available()]:
+            raise ServingError(
+                grpc.StatusCode.UNKNOWN,
+                f"{len(missing)} model(s) did not become available: "
+                f"{{{''.join(model.trouble() for model in missing)}}}",
+            )
 
     def wait_until_available(self) -> None:
         """Wait for a version of every model; raise its ServingError when loading was given up."""
@@ -201,7 +330,7 @@ class ModelManager:
                         raise error
                     model.changed.wait(0.5)  # not without end: signals must get through
 
-    @contextmanager
+    @contextlib.contextmanager
     def servable(self, spec: Any) -> Iterator[tuple[int, Servable]]:
         """Hold the servable that a ``ModelSpec`` selects, with its version, while it is in use."""
         model, number = self._select(spec)
@@ -230,7 +359,7 @@ class ModelManager:
 
     def status(self, spec: Any) -> list[Version]:
         """Return the versions that a ``ModelSpec`` selects, in whatever state, newest first."""
-        model, number = self._select(spec)
+        model, number = self._select(spec) if spec.name else (None, None)
         versions: dict[int, Version] = {}
         if model is not None:
             with model.changed:
@@ -251,17 +380,47 @@ class ModelManager:
     def _select(self, spec: Any) -> tuple[Model | None, int | None]:
         if not spec.name:
             raise invalid_argument("ModelSpec has no name specified.")
+        model = self._models.get(spec.name)
         if spec.WhichOneof("version_choice") == "version_label":
-            raise invalid_argument(f"Unrecognized servable version label: {spec.version_label}")
-        number = spec.version.value if spec.HasField("version") else None
-        return self._models.get(spec.name), number
+            labels = self._labels.get(spec.name, {})
+            if spec.version_label not in labels:
+                raise invalid_argument(f"Unrecognized servable version label: {spec.version_label}")
+            return model, labels[spec.version_label]
+        return model, spec.version.value if spec.HasField("version") else None
+
+    def _check_labels(self, config: Any) -> dict[str, dict[str, int]]:
+        """Return the version of each label of each model, if it may have it."""
+        labels: dict[str, dict[str, int]] = {}
+        for name, model in model_config.listed(config).items():
+            available = self._models[name].available() if name in self._models else []
+            for label, number in model.version_labels.items():
+                moved = self._labels.get(name, {}).get(label, number) != number
+                allowed = self._allow_any_labels or (self._allow_labels and not moved)
+                if not allowed and number not in available:
+                    remedy = ": start with --allow_version_labels_for_unavailable_models=true"
+                    raise ServingError(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        f"Request to assign label to version {number} of model {name}, which is "
+                        "not currently available for inference"
+                        + (remedy if self.config is None else ""),
+                    )
+                labels.setdefault(name, {})[label] = number
+        return labels
 
     def _poll(self) -> None:
         if self._poll_wait_seconds < 0:
             log.warning("--file_system_poll_wait_seconds is negative: no version is looked for")
-            return
-        while True:
-            for model in self._models.values():
-                model.poll()
-            if self._poll_wait_seconds == 0 or self._stop.wait(self._poll_wait_seconds):
-                return
+        while not self._stop.is_set():
+            self._wake.clear()
+            configs = self._configs
+            if self._poll_wait_seconds >= 0:
+                for model in list(self._models.values()):
+                    try:
+                        model.poll()
+                    except Exception:  # the other models, and the next look, are not to suffer
+                        log.exception("cannot look after the versions of %s", model.name)
+            with self._polled:
+                self._configs_polled = configs
+                self._polled.notify_all()
+            # Never again by itself when the interval is 0; a new config makes it look again.
+            self._wake.wait(self._poll_wait_seconds if self._poll_wait_seconds > 0 else None)

@@ -1,10 +1,12 @@
 """The REST API: a Flask application, and the waitress server that runs it."""
 
+import functools
 import json
 import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -12,12 +14,18 @@ import flask
 import grpc
 import waitress.server
 from google.protobuf import json_format
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_pb2,
+    regression_pb2,
+)
 from waitress import wasyncore
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 from werkzeug.routing import BaseConverter
 
-from . import json_tensors, service
+from . import examples, json_tensors, metrics, service
 from .errors import ServingError, invalid_argument
 from .manager import ModelManager
 from .servable import DEFAULT_SIGNATURE
@@ -48,23 +56,39 @@ class ModelNameConverter(BaseConverter):
     regex = "[^/:]+"
 
 
-def make_app(manager: ModelManager, timeout_ms: int = 30_000) -> flask.Flask:
-    """Make the application; a prediction that takes longer than ``timeout_ms`` is a 504."""
+def make_app(
+    manager: ModelManager,
+    timeout_ms: int = 30_000,
+    metrics_path: str | None = None,
+    check_method_name: bool = False,
+) -> flask.Flask:
+    """Make the application; a prediction that takes longer than ``timeout_ms`` is a 504.
+
+    ``metrics_path`` is where Prometheus finds the metrics, None for nowhere.
+    """
     app = flask.Flask(__name__)
     app.url_map.converters["model"] = ModelNameConverter
+    app.url_map.merge_slashes = False
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+
+    @app.get("/v1/models")
+    def no_name() -> flask.Response:
+        raise invalid_argument("Missing model name in request.")
 
     @app.get("/v1/models/<model:name>")
     @app.get("/v1/models/<model:name>/versions/<int:version>")
-    def status(name: str, version: int | None = None) -> flask.Response:
-        request = get_model_status_pb2.GetModelStatusRequest(model_spec=_spec(name, version))
+    @app.get("/v1/models/<model:name>/labels/<model:label>")
+    def status(name: str, version: int | None = None, label: str = "") -> flask.Response:
+        request = get_model_status_pb2.GetModelStatusRequest(model_spec=_spec(name, version, label))
         response = service.get_model_status(manager, request)
         return _json(_message_to_json(response))
 
     @app.get("/v1/models/<model:name>/metadata")
     @app.get("/v1/models/<model:name>/versions/<int:version>/metadata")
-    def metadata(name: str, version: int | None = None) -> flask.Response:
+    @app.get("/v1/models/<model:name>/labels/<model:label>/metadata")
+    def metadata(name: str, version: int | None = None, label: str = "") -> flask.Response:
         request = get_model_metadata_pb2.GetModelMetadataRequest(
-            model_spec=_spec(name, version), metadata_field=[service.SIGNATURE_DEF]
+            model_spec=_spec(name, version, label), metadata_field=[service.SIGNATURE_DEF]
         )
         response = service.get_model_metadata(manager, request)
         signatures = get_model_metadata_pb2.SignatureDefMap()
@@ -76,12 +100,12 @@ def make_app(manager: ModelManager, timeout_ms: int = 30_000) -> flask.Flask:
 
     @app.post("/v1/models/<model:name>:predict")
     @app.post("/v1/models/<model:name>/versions/<int:version>:predict")
-    def predict(name: str, version: int | None = None) -> flask.Response:
+    @app.post("/v1/models/<model:name>/labels/<model:label>:predict")
+    @_measured("predict")
+    def predict(name: str, version: int | None = None, label: str = "") -> flask.Response:
         document = json_tensors.parse_body(flask.request.get_data(cache=False))
-        signature_name = document.get("signature_name", "")
-        if not isinstance(signature_name, str):
-            raise invalid_argument("'signature_name' key must be a string value.")
-        with manager.servable(_spec(name, version)) as (_, servable):
+        signature_name = _signature_name(document)
+        with manager.servable(_spec(name, version, label)) as (_, servable):
             signature = servable.signatures.get(signature_name or DEFAULT_SIGNATURE)
             if signature is None:
                 raise invalid_argument(
@@ -93,17 +117,36 @@ def make_app(manager: ModelManager, timeout_ms: int = 30_000) -> flask.Flask:
                     f"Failed to get input map for signature: {signature_name or 'DEFAULT'}"
                 )
             inputs, rows = json_tensors.parse_inputs(document, signature.inputs)
-            outputs = servable.predict(signature_name, inputs, timeout_ms=timeout_ms)
+            with metrics.runtime(name, "Predict"):
+                outputs = servable.predict(signature_name, inputs, timeout_ms=timeout_ms)
         write = json_tensors.format_rows if rows else json_tensors.format_columns
         return _json(write(outputs))
 
-    @app.post("/v1/models/<model:name>:<any(classify, regress):method>")
-    @app.post("/v1/models/<model:name>/versions/<int:version>:<any(classify, regress):method>")
-    def unimplemented(name: str, method: str, version: int | None = None) -> flask.Response:
-        raise ServingError(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"this model server does not answer :{method}; TensorFlow Serving does",
-        )
+    @app.post("/v1/models/<model:name>:classify")
+    @app.post("/v1/models/<model:name>/versions/<int:version>:classify")
+    @app.post("/v1/models/<model:name>/labels/<model:label>:classify")
+    @_measured("classify")
+    def classify(name: str, version: int | None = None, label: str = "") -> flask.Response:
+        request = classification_pb2.ClassificationRequest(model_spec=_spec(name, version, label))
+        _fill_from_json(request)
+        response = service.classify(manager, check_method_name, request, timeout_ms)
+        return _json(examples.format_result(response.result))
+
+    @app.post("/v1/models/<model:name>:regress")
+    @app.post("/v1/models/<model:name>/versions/<int:version>:regress")
+    @app.post("/v1/models/<model:name>/labels/<model:label>:regress")
+    @_measured("regress")
+    def regress(name: str, version: int | None = None, label: str = "") -> flask.Response:
+        request = regression_pb2.RegressionRequest(model_spec=_spec(name, version, label))
+        _fill_from_json(request)
+        response = service.regress(manager, check_method_name, request, timeout_ms)
+        return _json(examples.format_result(response.result))
+
+    if metrics_path:
+
+        @app.get(metrics_path)
+        def prometheus() -> flask.Response:
+            return flask.Response(metrics.page(), content_type=metrics.CONTENT_TYPE)
 
     @app.errorhandler(ServingError)
     def serving_error(error: ServingError) -> flask.Response:
@@ -168,8 +211,41 @@ class RestServer:
         self._server.trigger.close()
 
 
-def _spec(name: str, version: int | None) -> Any:
+def _measured(method: str) -> Callable[[Callable], Callable]:
+    """Count and time the requests that a view answers."""
+
+    def decorate(view: Callable) -> Callable:
+        @functools.wraps(view)
+        def measured(name: str, **arguments: Any) -> flask.Response:
+            with metrics.request(name, method, "REST"):
+                return view(name, **arguments)
+
+        return measured
+
+    return decorate
+
+
+def _signature_name(document: dict[str, Any]) -> str:
+    name = document.get("signature_name", "")
+    if not isinstance(name, str):
+        raise invalid_argument(
+            f"JSON Value: {json_tensors.show(name)} not formatted correctly. "
+            "'signature_name' key must be a string value."
+        )
+    return name
+
+
+def _fill_from_json(request: Any) -> None:
+    """Read a classify or regress request from the body of the HTTP request."""
+    document = json_tensors.parse_body(flask.request.get_data(cache=False))
+    request.model_spec.signature_name = _signature_name(document)
+    request.input.CopyFrom(examples.parse_input(document))
+
+
+def _spec(name: str, version: int | None, label: str) -> Any:
     spec = model_pb2.ModelSpec(name=name)
+    if label:
+        spec.version_label = label
     if version is not None:
         if version >= 2**63:
             raise invalid_argument(f"Failed to convert version: {version} to numeric.")

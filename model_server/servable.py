@@ -1,7 +1,11 @@
 """One loaded version of a model: its signatures, and the session that runs them."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,42 @@ import grpc
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
-from tensorflow_serving.apis import prediction_log_pb2
 
-from . import tensors
+from . import metrics, tensors
+from .batching import BatchScheduler
 from .errors import ServingError, invalid_argument, status_code
 
 DEFAULT_SIGNATURE = "serving_default"
-MAX_WARMUP_RECORDS = 1000
+
+
+class _Running:
+    """Counts the runs in this process, to decide how many cores an operation of each may use.
+
+    An operation on all cores is finished soonest. But when there is a run for every core, more gets
+    done when each stays on one; and of two cores, a request with a single row needs the other one
+    for its own way through gRPC. ``bench/README.md`` has the numbers.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    @contextmanager
+    def one_core_each(self, rows: int) -> Iterator[bool]:
+        """Count a run while it lasts; say whether its operations are to stay on one core."""
+        cores = os.cpu_count() or 1
+        with self._lock:
+            self._count += 1
+            crowded = self._count >= cores or (rows < cores == 2)
+        try:
+            yield crowded and cores > 1
+        finally:
+            with self._lock:
+                self._count -= 1
+
+
+_running = _Running()
+_with_limits = ThreadPoolExecutor(max_workers=512, thread_name_prefix="run")
 
 
 class Servable:
@@ -24,8 +57,17 @@ class Servable:
     ``signatures`` maps each signature's name to its ``SignatureDef``.
     """
 
-    def __init__(self, path: Path, tags: Iterable[str] = ("serve",), session_config: Any = None):
+    def __init__(
+        self,
+        path: Path,
+        tags: Iterable[str] = ("serve",),
+        session_config: Any = None,
+        scheduler: BatchScheduler | None = None,
+    ):
         """Load the meta graph with ``tags``; raise ServingError when ``path`` does not hold it."""
+        self._scheduler = scheduler
+        self._batching = scheduler.parameters_for(path) if scheduler else None
+        begin = metrics.now_us()
         graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=graph, config=session_config)
         try:
@@ -35,12 +77,16 @@ class Servable:
                 )
         except Exception as error:
             self._session.close()
+            metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "fail")
             raise _load_error(path, error) from error
+        metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "success")
+        metrics.LOAD_LATENCY.increment(str(path), by=round(metrics.now_us() - begin))
         # Copies, since a reference into the meta graph would keep all of it in memory.
         self.signatures = {
             name: meta_graph_pb2.SignatureDef.FromString(signature.SerializeToString())
             for name, signature in meta_graph.signature_def.items()
         }
+        self._built: set[tuple[str, tuple[str, ...]]] = set()
         self._callable = functools.lru_cache(maxsize=64)(self._make_callable)
 
     def signature(self, name: str) -> Any:
@@ -67,15 +113,13 @@ class Servable:
         signature = self.signature(signature_name)
         feeds = _feeds(signature, inputs)
         outputs = _outputs(signature, output_filter)
-        run = self._callable(signature_name or DEFAULT_SIGNATURE, outputs, timeout_ms)
-        try:
-            arrays = run(*feeds)
-        except tf.errors.OpError as error:
-            raise ServingError(status_code(error.error_code), error.message) from error
-        return {
-            alias: np.asarray(array, object if isinstance(array, bytes) else None)
-            for alias, array in zip(outputs, arrays, strict=True)
-        }
+        run = functools.partial(self._run, signature_name or DEFAULT_SIGNATURE, outputs)
+        if self._scheduler and self._batching:
+            key = (self, signature_name or DEFAULT_SIGNATURE, outputs)
+            arrays = self._scheduler.run(key, self._batching, run, feeds, timeout_ms)
+        else:
+            arrays = run(feeds, timeout_ms)
+        return dict(zip(outputs, arrays, strict=True))
 
     def predict_request(self, request: Any) -> dict[str, np.ndarray]:
         """Run what a ``PredictRequest`` asks for, whichever model or version it names."""
@@ -87,45 +131,65 @@ class Servable:
                 raise invalid_argument(f"tensor parsing error: {alias}") from error
         return self.predict(request.model_spec.signature_name, inputs, request.output_filter)
 
-    def warm_up(self, path: Path, iterations: int = 1) -> int:
-        """Replay the Predict requests stored beside the SavedModel; return how many there were."""
-        file = path / "assets.extra" / "tf_serving_warmup_requests"
-        count = 0
-        if file.exists():
-            try:
-                for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
-                    count += 1
-                    if count > MAX_WARMUP_RECORDS:
-                        raise invalid_argument(
-                            "Number of warmup records exceeds the maximum "
-                            f"({MAX_WARMUP_RECORDS}) at {file}"
-                        )
-                    log = prediction_log_pb2.PredictionLog.FromString(record)
-                    if log.HasField("predict_log"):
-                        for _ in range(iterations):
-                            self.predict_request(log.predict_log.request)
-            except tf.errors.DataLossError as error:
-                raise ServingError(
-                    grpc.StatusCode.DATA_LOSS,
-                    f"{error.message}. Please verify that {file} is in TFRecord format.",
-                ) from error
-        return count
+    def prepare(self) -> None:
+        """Build what has run on one core for all cores too, and the other way round.
+
+        Building is most of what makes a first run slow; the requests themselves run only once.
+        """
+        for signature_name, outputs in list(self._built):
+            for one_core in (False, True):
+                self._callable(signature_name, outputs, one_core)
 
     def close(self) -> None:
         """Free the session; no request may be running."""
         self._session.close()
 
+    def _run(
+        self,
+        signature_name: str,
+        outputs: tuple[str, ...],
+        feeds: list[np.ndarray],
+        timeout_ms: int,
+    ) -> list[np.ndarray]:
+        begin = metrics.now_us()
+        rows = feeds[0].shape[0] if feeds and feeds[0].ndim else 1
+        with _running.one_core_each(rows) as one_core:
+            run = self._callable(signature_name, outputs, one_core)
+            try:
+                arrays = run(*feeds) if not timeout_ms else _within(timeout_ms, run, feeds)
+            except tf.errors.OpError as error:
+                raise ServingError(status_code(error.error_code), error.message) from error
+        metrics.GRAPH_RUNS.increment()
+        metrics.GRAPH_RUN_TIME.increment(by=round(metrics.now_us() - begin))
+        return [np.asarray(a, object if isinstance(a, bytes) else None) for a in arrays]
+
     def _make_callable(
-        self, signature_name: str, outputs: tuple[str, ...], timeout_ms: int
+        self, signature_name: str, outputs: tuple[str, ...], one_core: bool
     ) -> Callable[..., list[np.ndarray]]:
+        self._built.add((signature_name, outputs))
         signature = self.signatures[signature_name]
         options = config_pb2.CallableOptions()
         options.feed.extend(signature.inputs[alias].name for alias in sorted(signature.inputs))
         options.fetch.extend(signature.outputs[alias].name for alias in outputs)
-        options.run_options.timeout_in_ms = timeout_ms
+        options.run_options.experimental.use_run_handler_pool = one_core
         # Unlike session.run and session.make_callable, this goes straight to the C++ session:
         # 0.1 ms less for each request.
         return self._session._make_callable_from_options(options)
+
+
+def _within(
+    timeout_ms: int, run: Callable[..., list[np.ndarray]], feeds: list[np.ndarray]
+) -> list[np.ndarray]:
+    """Run with a limit of time: what is late goes on in its thread, and nobody waits for it.
+
+    TensorFlow's own limit is part of a callable, so that each limit would have to be warmed up.
+    """
+    try:
+        return _with_limits.submit(run, *feeds).result(timeout_ms / 1e3)
+    except TimeoutError as error:
+        raise ServingError(
+            grpc.StatusCode.DEADLINE_EXCEEDED, f"Run() took longer than {timeout_ms} ms"
+        ) from error
 
 
 def _load_error(path: Path, error: Exception) -> ServingError:

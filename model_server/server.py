@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,21 @@ DEFAULT_THREADS = 4 * (os.cpu_count() or 1)
 
 @dataclass
 class ModelServer:
-    """A model server in this process: ``with ModelServer(...) as server:`` serves a model.
+    """A model server in this process: ``with ModelServer(...) as server:`` serves models.
 
     The fields are the command line's flags. Making an object reserves its ports, and raises OSError
-    when one is taken. ``start`` imports TensorFlow, waits for the first version of the model to be
-    loaded and warmed up, and only then opens the ports; it raises ServingError when loading is
-    given up. ``stop`` refuses new requests and lets those in flight end, for ``grace_seconds``.
+    when one is taken. ``start`` imports TensorFlow, waits for the first version of each model to be
+    loaded and warmed up, and only then opens the ports; it raises ValueError when a file is wrong,
+    ServingError when loading is given up. ``stop`` refuses new requests and lets those in flight
+    end, for ``grace_seconds``.
     """
 
-    model_base_path: str
+    model_base_path: str = ""
     model_name: str = "default"
+    model_config_file: str = ""
+    model_config_file_poll_wait_seconds: int = 0
+    allow_version_labels_for_unavailable_models: bool = False
+    force_allow_any_version_labels_for_unavailable_models: bool = False
     port: int = 8500
     rest_api_port: int = 0
     rest_api_num_threads: int = DEFAULT_THREADS
@@ -44,10 +50,26 @@ class ModelServer:
     enable_model_warmup: bool = True
     num_request_iterations_for_warmup: int = 0
     enable_serialization_as_tensor_content: bool = False
+    enable_signature_method_name_check: bool = False
+    enable_grpc_healthcheck_service: bool = False
+    enable_batching: bool = False
+    batching_parameters_file: str = ""
+    enable_per_model_batching_parameters: bool = False
+    monitoring_config_file: str = ""
     grace_seconds: float = 20.0
 
     def __post_init__(self) -> None:
+        if not self.model_base_path and not self.model_config_file:
+            raise ValueError("give either a model_base_path or a model_config_file")
+        if self.batching_parameters_file and not self.enable_batching:
+            raise ValueError("--batching_parameters_file has no effect: add --enable_batching")
+        if self.monitoring_config_file and not self.rest_api_port:
+            raise ValueError(
+                "--monitoring_config_file needs the REST API: give it a port with --rest_api_port"
+            )
+        self._batch_scheduler: Any = None
         self._manager: Any = None
+        self._stopping = threading.Event()
         self._grpc_server: Any = None
         self._rest_server: Any = None
         # Bound but not listening: nobody else can take the ports while TensorFlow is imported and
@@ -64,11 +86,28 @@ class ModelServer:
 
     def start(self) -> None:
         """Load the model, then open the ports."""
+        from . import batching, metrics
+        from . import config as model_config
+
+        models = (
+            model_config.read(self.model_config_file)
+            if self.model_config_file
+            else model_config.single_model(self.model_name, self.model_base_path)
+        )
+        if self.enable_batching:
+            file = self.batching_parameters_file
+            parameters = batching.BatchingParameters
+            self._batch_scheduler = batching.BatchScheduler(
+                parameters.from_file(file) if file else parameters(),
+                self.enable_per_model_batching_parameters,
+            )
+        file = self.monitoring_config_file
+        metrics_path = metrics.prometheus_path(file) if file else None
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
         with _quiet_stderr():
             import tensorflow as tf
 
-            from . import grpc_api, manager, rest_api, servable
+            from . import grpc_api, manager, rest_api, servable, warmup
 
         tf.get_logger().setLevel(logging.ERROR)
         config = tf.compat.v1.ConfigProto(
@@ -79,12 +118,14 @@ class ModelServer:
 
         def load(path: Path) -> servable.Servable:
             begin = time.monotonic()
-            loaded = servable.Servable(path, self.saved_model_tags, config)
+            loaded = servable.Servable(path, self.saved_model_tags, config, self._batch_scheduler)
             middle = time.monotonic()
             replayed = 0
             if self.enable_model_warmup:
                 try:
-                    replayed = loaded.warm_up(path, max(1, self.num_request_iterations_for_warmup))
+                    replayed = warmup.replay(
+                        loaded, path, max(1, self.num_request_iterations_for_warmup)
+                    )
                 except Exception:
                     loaded.close()
                     raise
@@ -94,15 +135,22 @@ class ModelServer:
             )
             return loaded
 
-        poll_once = self.file_system_poll_wait_seconds == 0
-        model = manager.Model(
-            self.model_name,
-            Path(self.model_base_path),
-            load,
-            0 if poll_once else self.max_num_load_retries,
-            self.load_retry_interval_micros,
+        def make_model(name: str) -> manager.Model:
+            poll_once = self.file_system_poll_wait_seconds == 0
+            return manager.Model(
+                name,
+                load,
+                0 if poll_once else self.max_num_load_retries,
+                self.load_retry_interval_micros,
+            )
+
+        self._manager = manager.ModelManager(
+            make_model,
+            self.file_system_poll_wait_seconds,
+            self.allow_version_labels_for_unavailable_models,
+            self.force_allow_any_version_labels_for_unavailable_models,
         )
-        self._manager = manager.ModelManager([model], self.file_system_poll_wait_seconds)
+        self._manager.configure(models)
         self._manager.start()
         self._manager.wait_until_available()
 
@@ -111,6 +159,8 @@ class ModelServer:
             self.grpc_max_threads,
             self.grpc_channel_arguments,
             self.enable_serialization_as_tensor_content,
+            self.enable_signature_method_name_check,
+            self.enable_grpc_healthcheck_service,
         )
         self._grpc_socket.close()
         try:
@@ -121,15 +171,23 @@ class ModelServer:
         log.info("gRPC API is open on port %d", self.port)
         if self._rest_socket:
             self._rest_server = rest_api.RestServer(
-                rest_api.make_app(self._manager, self.rest_api_timeout_in_ms),
+                rest_api.make_app(
+                    self._manager,
+                    self.rest_api_timeout_in_ms,
+                    metrics_path,
+                    self.enable_signature_method_name_check,
+                ),
                 self._rest_socket,
                 self.rest_api_num_threads,
             )
             log.info("REST API is open on port %d", self.rest_api_port)
+        if self.model_config_file and self.model_config_file_poll_wait_seconds > 0:
+            threading.Thread(target=self._poll_model_config, name="config", daemon=True).start()
 
     def stop(self) -> None:
         """Refuse new requests, wait for those in flight, close the ports."""
         deadline = time.monotonic() + self.grace_seconds
+        self._stopping.set()
         if self._grpc_server:
             grpc_stopped = self._grpc_server.stop(self.grace_seconds)
             if self._rest_server:
@@ -138,9 +196,29 @@ class ModelServer:
             self._manager.stop(deadline - time.monotonic())
         elif self._manager:
             self._manager.stop(0)
+        if self._batch_scheduler:
+            self._batch_scheduler.close()
         self._grpc_socket.close()
         if self._rest_socket:
             self._rest_socket.close()
+
+    def _poll_model_config(self) -> None:
+        """Follow the model config file until the server stops; say once what is wrong with it."""
+        from . import config as model_config
+        from .errors import ServingError
+
+        said = ""
+        while not self._stopping.wait(self.model_config_file_poll_wait_seconds):
+            try:
+                config = model_config.read(self.model_config_file)
+                if config != self._manager.config:
+                    self._manager.reload(config)
+                    log.info("now serving what %s lists", self.model_config_file)
+                said = ""
+            except (ValueError, ServingError) as error:
+                if said != str(error):
+                    said = str(error)
+                    log.error("cannot serve what %s lists: %s", self.model_config_file, said)
 
     def __enter__(self) -> "ModelServer":
         try:

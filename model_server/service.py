@@ -3,12 +3,17 @@
 from typing import Any
 
 from tensorflow_serving.apis import (
+    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
+    inference_pb2,
+    model_management_pb2,
+    model_pb2,
     predict_pb2,
+    regression_pb2,
 )
 
-from . import tensors
+from . import examples, metrics, tensors
 from .errors import invalid_argument
 from .manager import ModelManager
 from .servable import DEFAULT_SIGNATURE
@@ -19,14 +24,74 @@ SIGNATURE_DEF = "signature_def"
 def predict(manager: ModelManager, as_tensor_content: bool, request: Any) -> Any:
     """Answer a ``PredictRequest`` with a ``PredictResponse``."""
     _require_model_spec(request)
-    with manager.servable(request.model_spec) as (version, servable):
+    with (
+        manager.servable(request.model_spec) as (version, servable),
+        metrics.runtime(request.model_spec.name, "Predict"),
+    ):
         outputs = servable.predict_request(request)
     response = predict_pb2.PredictResponse()
-    response.model_spec.name = request.model_spec.name
-    response.model_spec.version.value = version
-    response.model_spec.signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+    _fill_model_spec(response.model_spec, request.model_spec, version)
     for alias, array in outputs.items():
-        response.outputs[alias].CopyFrom(tensors.to_proto(array, as_tensor_content))
+        tensors.to_proto(array, as_tensor_content, response.outputs[alias])
+    return response
+
+
+def classify(
+    manager: ModelManager, check_method_name: bool, request: Any, timeout_ms: int = 0
+) -> Any:
+    """Answer a ``ClassificationRequest`` with a ``ClassificationResponse``."""
+    response = classification_pb2.ClassificationResponse()
+    _infer(manager, examples.CLASSIFY, check_method_name, request, timeout_ms, response)
+    return response
+
+
+def regress(
+    manager: ModelManager, check_method_name: bool, request: Any, timeout_ms: int = 0
+) -> Any:
+    """Answer a ``RegressionRequest`` with a ``RegressionResponse``."""
+    response = regression_pb2.RegressionResponse()
+    _infer(manager, examples.REGRESS, check_method_name, request, timeout_ms, response)
+    return response
+
+
+def _infer(
+    manager: ModelManager,
+    method_name: str,
+    check_method_name: bool,
+    request: Any,
+    timeout_ms: int,
+    response: Any,
+) -> None:
+    _require_model_spec(request)
+    spec = request.model_spec
+    api = "Classify" if method_name == examples.CLASSIFY else "Regress"
+    with manager.servable(spec) as (version, servable), metrics.runtime(spec.name, api):
+        result = examples.infer(
+            servable,
+            spec.signature_name,
+            method_name,
+            request.input,
+            check_method_name,
+            timeout_ms,
+        )
+    response.result.CopyFrom(result)
+    _fill_model_spec(response.model_spec, spec, version)
+
+
+def multi_inference(manager: ModelManager, check_method_name: bool, request: Any) -> Any:
+    """Answer a ``MultiInferenceRequest``: several signatures of one model on the same input."""
+    response = inference_pb2.MultiInferenceResponse()
+    spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
+    with (
+        manager.servable(spec) as (version, servable),
+        metrics.runtime(spec.name, "MultiInference"),
+    ):
+        results = examples.infer_all(servable, request.tasks, request.input, check_method_name)
+    for task, result in zip(request.tasks, results, strict=True):
+        answer = response.results.add()
+        field = "classification" if task.method_name == examples.CLASSIFY else "regression"
+        getattr(answer, f"{field}_result").CopyFrom(result)
+        _fill_model_spec(answer.model_spec, task.model_spec, version)
     return response
 
 
@@ -60,6 +125,25 @@ def get_model_status(manager: ModelManager, request: Any) -> Any:
             status.status.error_code = version.error.code.value[0]
             status.status.error_message = version.error.message
     return response
+
+
+def reload_config(manager: ModelManager, request: Any) -> Any:
+    """Answer a ``ReloadConfigRequest`` when the models that it adds are available."""
+    if request.config.WhichOneof("config") != "model_config_list":
+        raise invalid_argument(
+            "ServerModelConfig type not supported by HandleReloadConfigRequest. Only "
+            "ModelConfigList is currently supported"
+        )
+    manager.reload(request.config)
+    response = model_management_pb2.ReloadConfigResponse()
+    response.status.SetInParent()
+    return response
+
+
+def _fill_model_spec(spec: Any, asked: Any, version: int) -> None:
+    spec.name = asked.name
+    spec.version.value = version
+    spec.signature_name = asked.signature_name or DEFAULT_SIGNATURE
 
 
 def _require_model_spec(request: Any) -> None:

@@ -32,13 +32,10 @@ _FIELDS = {
     tf.bool: "bool_val",
     tf.string: "string_val",
 }
-# Values that a typed field holds in another form: as bits, or as real and imaginary parts.
-_VIEWS = {
-    tf.float16: np.uint16,
-    tf.bfloat16: np.uint16,
-    tf.complex64: np.float32,
-    tf.complex128: np.float64,
-}
+# Values that a typed field holds in another form: as bits.
+_VIEWS = {tf.float16: np.uint16, tf.bfloat16: np.uint16}
+# Values that a typed field holds as they lie in memory.
+_FIXED_WIDTH = {tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool}
 
 
 def dtype_name(dtype: int) -> str:
@@ -70,18 +67,37 @@ def from_proto(proto: Any) -> np.ndarray:
         raise ValueError(str(error)) from error
 
 
-def to_proto(array: np.ndarray, as_tensor_content: bool = False) -> Any:
+def to_proto(array: np.ndarray, as_tensor_content: bool = False, proto: Any = None) -> Any:
     """Write an array of any shape into the typed field of its dtype, or into ``tensor_content``.
 
-    Strings always go into their typed field, as in TensorFlow Serving.
+    Strings always go into their typed field, as in TensorFlow Serving. The values go into the empty
+    ``proto`` if there is one, which saves a copy.
     """
     dtype = tf.as_dtype(array.dtype)
-    proto = tensor_pb2.TensorProto(dtype=dtype.as_datatype_enum)
+    proto = tensor_pb2.TensorProto() if proto is None else proto
+    proto.dtype = dtype.as_datatype_enum
     proto.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())
     if as_tensor_content and dtype != tf.string:
         proto.tensor_content = array.tobytes()
+    elif dtype in _FIXED_WIDTH:
+        # On the wire, such a field is its number and its length before the values as they lie in
+        # memory; a million of them are written in a millisecond instead of fifty.
+        values = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+        number = tensor_pb2.TensorProto.DESCRIPTOR.fields_by_name[_FIELDS[dtype]].number
+        if values:
+            proto.MergeFromString(_varint(number << 3 | 2) + _varint(len(values)) + values)
     else:
         flat = np.ascontiguousarray(array).ravel()
-        values = flat.view(_VIEWS[dtype]) if dtype in _VIEWS else flat
-        getattr(proto, _FIELDS[dtype]).extend(values.tolist())
+        numbers = flat.view(_VIEWS[dtype]) if dtype in _VIEWS else flat
+        getattr(proto, _FIELDS[dtype]).extend(numbers.tolist())
     return proto
+
+
+def _varint(number: int) -> bytes:
+    """Write a non-negative integer as protobuf does: seven bits a byte, the lowest first."""
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 from threading import Timer
 
-SERVING_IMAGE = "tensorflow/serving:2.19.0"
+SERVING_IMAGE = "tensorflow/serving:2.20.0"
 PROBE_SECONDS = 10.0
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 

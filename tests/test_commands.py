@@ -104,7 +104,7 @@ def busy_ports() -> Iterator[list[int]]:
 
 def test_make_alone_lists_the_commands() -> None:
     listed = run("make").stdout
-    for target in ("workbook", "test", "lab", "serve", "lock", "clean"):
+    for target in ("workbook", "test", "lab", "serve", "bench", "lock", "clean"):
         assert re.search(rf"^  make {target} ", listed, re.MULTILINE)
         assert run("make", "--dry-run", target).returncode == 0
 

@@ -14,10 +14,8 @@ import tensorflow as tf
 from conftest import ROOT, Server
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
-    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
-    model_management_pb2,
     model_service_pb2_grpc,
     predict_pb2,
     prediction_service_pb2_grpc,
@@ -338,6 +336,7 @@ def test_metadata(stub: Any) -> None:
         (None, ["signature_def"], Code.INVALID_ARGUMENT, "Missing ModelSpec"),
         ("calculator", [], Code.INVALID_ARGUMENT, "must specify at least one metadata_field"),
         ("calculator", ["size"], Code.INVALID_ARGUMENT, "Metadata field size is not supported"),
+        ("", ["signature_def"], Code.INVALID_ARGUMENT, "ModelSpec has no name specified."),
         ("nobody", ["signature_def"], Code.NOT_FOUND, "Servable not found for request"),
     ],
 )
@@ -345,7 +344,8 @@ def test_bad_metadata_request(
     stub: Any, name: str | None, fields: list[str], code: grpc.StatusCode, details: str
 ) -> None:
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=fields)
-    if name:
+    if name is not None:
+        request.model_spec.SetInParent()
         request.model_spec.name = name
     with pytest.raises(grpc.RpcError) as caught:
         stub.GetModelMetadata(request)
@@ -367,15 +367,42 @@ def test_model_status(model_stub: Any) -> None:
     assert caught.value.details() == "Could not find version 8 of model calculator"
 
 
-def test_calls_that_are_not_covered_say_so(stub: Any, model_stub: Any) -> None:
-    for call, request in (
-        (stub.Classify, classification_pb2.ClassificationRequest()),
-        (model_stub.HandleReloadConfigRequest, model_management_pb2.ReloadConfigRequest()),
-    ):
+@pytest.mark.parametrize(
+    ("fill", "code", "details"),
+    [
+        (lambda r: None, Code.INVALID_ARGUMENT, "Missing ModelSpec"),
+        (
+            lambda r: r.model_spec.SetInParent(),
+            Code.NOT_FOUND,
+            "Could not find any versions of model ",
+        ),
+        (
+            lambda r: setattr(r.model_spec, "name", "nobody"),
+            Code.NOT_FOUND,
+            "Could not find any versions of model nobody",
+        ),
+    ],
+)
+def test_bad_status_request(
+    model_stub: Any, fill: Callable[[Any], None], code: grpc.StatusCode, details: str
+) -> None:
+    request = get_model_status_pb2.GetModelStatusRequest()
+    fill(request)
+    with pytest.raises(grpc.RpcError) as caught:
+        model_stub.GetModelStatus(request)
+    assert (caught.value.code(), caught.value.details()) == (code, details)
+
+
+def test_calls_that_are_not_covered_say_so(server: Server) -> None:
+    with grpc.insecure_channel(server.grpc) as channel:
+        for method in ("SessionService/SessionRun", "PredictionService/PredictStreamed"):
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(f"/tensorflow.serving.{method}", bytes, bytes)(b"")
+            assert caught.value.code() == Code.UNIMPLEMENTED
+            assert f"does not answer /tensorflow.serving.{method}" in str(caught.value.details())
         with pytest.raises(grpc.RpcError) as caught:
-            call(request)
+            channel.unary_unary("/some.other.Service/Method", bytes, bytes)(b"")
         assert caught.value.code() == Code.UNIMPLEMENTED
-        assert "does not answer" in str(caught.value.details())
 
 
 def test_32_clients_get_their_own_right_answers(server: Server, base_path: Path) -> None:

@@ -127,7 +127,7 @@ def server(base_path: Path, start_model_server: Callable[..., Server]) -> Iterat
     server = start_model_server(
         base_path,
         *("--max_num_load_retries=0", "--num_request_iterations_for_warmup=2"),
-        *("--enable_serialization_as_tensor_content", "--enable_batching=true"),
+        *("--enable_serialization_as_tensor_content", "--enable_profiler=true"),
         *("--rest_api_timeout_in_ms=300", "--tensorflow_inter_op_parallelism=2"),
         *("--grpc_channel_arguments=grpc.max_connection_age_ms=600000", "--num_load_threads", "2"),
         model_name=NAME,
@@ -156,7 +156,7 @@ def test_flags(server: Server, client: Client) -> None:
     assert output.tensor_content == np.ones(3, np.int32).tobytes()
     assert not output.int_val
     log = server.log.read_text()
-    assert "--enable_batching has no effect" in log
+    assert "--enable_profiler has no effect" in log
     assert "--num_load_threads has no effect" in log
 
 
@@ -179,6 +179,7 @@ def test_new_version_takes_over_without_a_failed_request(
     server: Server, client: Client, base_path: Path
 ) -> None:
     enough = threading.Event()
+    begun = threading.Barrier(5)
 
     def hammer(_: int) -> list[tuple[int, int]]:
         answers = []
@@ -188,11 +189,14 @@ def test_new_version_takes_over_without_a_failed_request(
                 response = stub.Predict(predict_request())
                 number = tf.make_ndarray(response.outputs["number"])[0]
                 answers.append((response.model_spec.version.value, int(number)))
+                if len(answers) == 1:
+                    begun.wait(30)
         return answers
 
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(hammer, number) for number in range(4)]
         try:
+            begun.wait(30)
             slow = client.prediction.Predict.future(wait_request(3))
             export_counter(base_path / "2", 2)
             eventually(lambda: client.states().get(2) == State.AVAILABLE, "2 is AVAILABLE")

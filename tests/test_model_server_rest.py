@@ -225,7 +225,15 @@ def test_floats_are_written_in_the_digits_of_their_own_precision(server: Server)
         ("/v1/models/shop", {}, 400, "Malformed request: POST /v1/models/shop"),
         ("/v1/models/shop:predict", None, 400, "Malformed request: GET /v1/models/shop:predict"),
         ("/v2/models/shop", None, 404, "there is nothing at /v2/models/shop"),
-        ("/v1/models/shop:classify", {}, 501, "does not answer :classify"),
+        ("/v1/models/shop:classify", {}, 400, "key 'examples' is expected and was not found"),
+        ("/v1/models/shop:fly", {}, 400, "Malformed request: POST /v1/models/shop:fly"),
+        ("/v1/models/shop/", None, 400, "Malformed request: GET /v1/models/shop/"),
+        ("/v1//models/shop", None, 400, "Malformed request: GET /v1//models/shop"),
+        ("/v1/models/shop/labels/new", None, 400, "Unrecognized servable version label: new"),
+        ("/v1/models/shop/labels/new/versions/3", None, 400, "Malformed request"),
+        ("/v1/models", None, 400, "Missing model name in request."),
+        ("/v1/models/", None, 400, "Malformed request: GET /v1/models/"),
+        ("/", None, 404, "there is nothing at /"),
     ],
 )
 def test_bad_address(server: Server, path: str, body: Any, status: int, message: str) -> None:
@@ -233,6 +241,29 @@ def test_bad_address(server: Server, path: str, body: Any, status: int, message:
     assert answered == status
     assert answer.keys() == {"error"}
     assert message in answer["error"]
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_method_that_is_not_served(server: Server, method: str) -> None:
+    url = f"{server.http}/v1/models/shop:predict"
+    request = urllib.request.Request(url, b'{"inputs": [[1, 2]]}', method=method)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    with caught.value as error:
+        assert error.code == 400
+        assert error.headers["Content-Type"] == "application/json"
+        assert json.load(error) == {"error": f"Malformed request: {method} /v1/models/shop:predict"}
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "image/png", ""])
+def test_content_type_of_a_request_does_not_matter(server: Server, content_type: str) -> None:
+    request = urllib.request.Request(
+        f"{server.http}/v1/models/shop:predict",
+        b'{"inputs": [[1, 2]]}',
+        {"Content-Type": content_type},
+    )
+    with urllib.request.urlopen(request) as response:
+        assert json.load(response) == {"outputs": [[0.5, 1.0]]}
 
 
 BAD_BODIES: dict[str, tuple[Any, str]] = {

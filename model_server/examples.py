@@ -1,0 +1,283 @@
+"""Lists of ``tf.Example`` in, classifications and regressions out; the same in JSON."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework import types_pb2
+from tensorflow_serving.apis import classification_pb2, input_pb2, regression_pb2
+
+from . import json_tensors
+from .errors import ServingError, invalid_argument
+from .servable import DEFAULT_SIGNATURE, Servable
+
+CLASSIFY = "tensorflow/serving/classify"
+REGRESS = "tensorflow/serving/regress"
+
+
+def infer(
+    servable: Servable,
+    signature_name: str,
+    method_name: str,
+    inputs: Any,
+    check_method_name: bool = False,
+    timeout_ms: int = 0,
+) -> Any:
+    """Run a signature on an ``Input``: a ``ClassificationResult`` or a ``RegressionResult``.
+
+    ``method_name`` says which, and with ``check_method_name`` the signature must say the same.
+    Raises ServingError for everything that can be wrong.
+    """
+    signature = servable.signatures.get(signature_name or DEFAULT_SIGNATURE)
+    if signature is None:
+        raise invalid_argument(
+            f"No signature was found with the name: {signature_name or DEFAULT_SIGNATURE}"
+        )
+    aliases = check_signature(signature, method_name, check_method_name)
+    examples = serialize(inputs)
+    outputs = servable.predict(signature_name, {"inputs": examples}, aliases, timeout_ms)
+    make_result = _classification_result if method_name == CLASSIFY else _regression_result
+    return make_result(outputs, len(examples))
+
+
+def infer_all(
+    servable: Servable, tasks: Any, inputs: Any, check_method_name: bool = False
+) -> list[Any]:
+    """Run the signatures that a list of ``InferenceTask`` names, all on the same ``Input``."""
+    _check_tasks(servable, tasks, check_method_name)
+    return [
+        infer(servable, task.model_spec.signature_name, task.method_name, inputs, check_method_name)
+        for task in tasks
+    ]
+
+
+def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> None:
+    """Raise ServingError for a task that is wrong, before any of them runs."""
+    names = set()
+    tensor_names = set()
+    for task in tasks:
+        if not task.model_spec.name:
+            raise invalid_argument("Found ModelSpec with an empty model name.")
+        if task.model_spec.name != tasks[0].model_spec.name:
+            raise invalid_argument(
+                "All ModelSpecs in a MultiInferenceRequest must access the same model name."
+            )
+        name = task.model_spec.signature_name or DEFAULT_SIGNATURE
+        if name in names:
+            raise invalid_argument(f"Duplicate evaluation of signature: {name}")
+        names.add(name)
+        if name not in servable.signatures:
+            raise invalid_argument(f"Requested signature not found in model graph: {name}")
+        if task.method_name not in (CLASSIFY, REGRESS):
+            raise ServingError(
+                grpc.StatusCode.UNIMPLEMENTED,
+                f"Unsupported signature method_name: {task.method_name}",
+            )
+        signature = servable.signatures[name]
+        check_signature(signature, task.method_name, check_method_name)
+        tensor_names.add(signature.inputs["inputs"].name)
+        if len(tensor_names) > 1:
+            raise invalid_argument("Input tensor must be the same for all Signatures.")
+
+
+def check_signature(signature: Any, method_name: str, check_method_name: bool) -> list[str]:
+    """Return the outputs to compute; raise ServingError when the signature has not got them."""
+    kind = "classification" if method_name == CLASSIFY else "regression"
+    if check_method_name and signature.method_name != method_name:
+        raise invalid_argument(
+            f"Expected {kind} signature method_name to be {method_name}. "
+            f"Was: {signature.method_name}"
+        )
+    if len(signature.inputs) != 1:
+        raise invalid_argument("Expected one input Tensor.")
+    count = len(signature.outputs)
+    if method_name == CLASSIFY and count not in (1, 2):
+        raise invalid_argument(f"Expected one or two output Tensors, found {count}")
+    if method_name == REGRESS and count != 1:
+        raise invalid_argument("Expected one output Tensor.")
+    if "inputs" not in signature.inputs:
+        raise invalid_argument(f"No {kind} inputs found in SignatureDef: {signature}")
+    if method_name == REGRESS:
+        if "outputs" not in signature.outputs:
+            raise invalid_argument(f"No regression outputs found in SignatureDef: {signature}")
+        return ["outputs"]
+    aliases = [alias for alias in ("classes", "scores") if alias in signature.outputs]
+    if not aliases:
+        raise invalid_argument(
+            "Expected classification signature outputs to contain at least one of "
+            f'"classes" or "scores". Signature was: {signature}'
+        )
+    return aliases
+
+
+def serialize(inputs: Any) -> np.ndarray:
+    """Serialize the examples of an ``Input``, each with the context before it, if there is one."""
+    context = b""
+    examples = inputs.example_list.examples
+    if inputs.WhichOneof("kind") == "example_list_with_context":
+        # One message after another parses as both merged: the example's features win.
+        context = inputs.example_list_with_context.context.SerializeToString()
+        examples = inputs.example_list_with_context.examples
+    if not examples:
+        raise invalid_argument("Input is empty.")
+    return np.array([context + example.SerializeToString() for example in examples], object)
+
+
+def _classification_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
+    for alias, dtype in (("classes", types_pb2.DT_STRING), ("scores", types_pb2.DT_FLOAT)):
+        if alias in outputs:
+            array = outputs[alias]
+            if array.ndim != 2:
+                raise invalid_argument(
+                    "Expected Tensor shape: [batch_size num_classes] but got " + _shape(array)
+                )
+            _check_dtype(array, dtype, f"{alias} Tensor of {_name(dtype)}. ")
+            if len(array) != count:
+                raise invalid_argument(
+                    f"Expected {alias} output batch size of {count}. Got: {len(array)}"
+                )
+    classes, scores = outputs.get("classes"), outputs.get("scores")
+    if classes is not None and scores is not None and classes.shape != scores.shape:
+        raise invalid_argument(
+            "Tensors class and score should match in dim_size(1). "
+            f"Got {classes.shape[1]} vs. {scores.shape[1]}"
+        )
+    size = next(iter(outputs.values())).shape[1]
+    labels = [[""] * size] * count if classes is None else classes.tolist()
+    values = [[0.0] * size] * count if scores is None else scores.tolist()
+    result = classification_pb2.ClassificationResult()
+    for row in range(count):
+        added = result.classifications.add().classes
+        for label, score in zip(labels[row], values[row], strict=True):
+            text = label.decode("utf-8", "replace") if isinstance(label, bytes) else label
+            added.add(label=text, score=score)
+    return result
+
+
+def _regression_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
+    array = outputs["outputs"]
+    if array.shape[1:] not in ((), (1,)) or not array.ndim:
+        raise invalid_argument(
+            "Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got "
+            + _shape(array)
+        )
+    if len(array) != count:
+        raise invalid_argument(
+            f"Input batch size did not match output batch size: {count} vs. {len(array)}"
+        )
+    _check_dtype(array, types_pb2.DT_FLOAT, "output Tensor of DT_FLOAT.  ")
+    result = regression_pb2.RegressionResult()
+    for value in array.ravel().tolist():
+        result.regressions.add(value=value)
+    return result
+
+
+def _check_dtype(array: np.ndarray, dtype: int, expected: str) -> None:
+    got = tf.as_dtype(array.dtype).as_datatype_enum
+    if got != dtype:
+        raise invalid_argument(f"Expected {expected}Got: {_name(got)}")
+
+
+def _name(dtype: int) -> str:
+    return types_pb2.DataType.Name(dtype)
+
+
+def _shape(array: np.ndarray) -> str:
+    return "[" + ",".join(map(str, array.shape)) + "]"
+
+
+def parse_input(document: Mapping[str, Any]) -> Any:
+    """Read the ``Input`` of a classify or regress request from its JSON body."""
+    inputs = input_pb2.Input()
+    examples = inputs.example_list
+    if "context" in document:
+        examples = inputs.example_list_with_context
+        _fill_example(examples.context, document["context"])
+        examples.context.SetInParent()
+    rows = document.get("examples")
+    for wrong, complaint in (
+        (
+            "examples" not in document,
+            "When method is classify, key 'examples' is expected and was not found",
+        ),
+        (not isinstance(rows, list), "Expecting 'examples' value to be an list/array"),
+        (not rows, "'examples' value is an empty array"),
+    ):
+        if wrong:
+            raise invalid_argument(f"JSON Value: {json_tensors.show(document)} {complaint}")
+    for row in rows or ():
+        _fill_example(examples.examples.add(), row)
+    return inputs
+
+
+def format_result(result: Any) -> str:
+    """Write ``{"results": [...]}``: pairs of label and score for each example, or a value."""
+    rows: list[Any]
+    if isinstance(result, classification_pb2.ClassificationResult):
+        rows = [
+            [[each.label, _shortest(each.score)] for each in classifications.classes]
+            for classifications in result.classifications
+        ]
+    else:
+        rows = [_shortest(regression.value) for regression in result.regressions]
+    return f'{{\n    "results": {json.dumps(rows, ensure_ascii=False)}\n}}'
+
+
+def _shortest(value: float) -> float:
+    """Turn a float32 into the double that is written with the same digits: 0.1 stays 0.1."""
+    return float(str(np.float32(value)))
+
+
+def _fill_example(example: Any, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise invalid_argument(f"Example must be JSON object but got JSON {_json_type(row)}")
+    for name, content in row.items():
+        values = content if isinstance(content, list) else [content]
+        kinds = [_kind(name, value) for value in values]
+        if len(set(kinds)) > 1:
+            raise invalid_argument(
+                f"Unexpected element type in feature: {name} expecting type: {kinds[0]}"
+            )
+        feature = example.features.feature[name]
+        if kinds:
+            _FILL[kinds[0]](feature, values)
+
+
+def _kind(name: str, value: Any) -> str:
+    if isinstance(value, str) or (isinstance(value, dict) and value.keys() == {"b64"}):
+        return "bytes"
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return "int64"
+    if isinstance(value, int) and 0 < value < 2**64:
+        raise invalid_argument(f"Feature: {name} has uint64 element. Only int64 is supported.")
+    if isinstance(value, int | float):
+        return "float"
+    raise invalid_argument(
+        f"Feature: {name} has element with unexpected JSON type: {_json_type(value)}"
+    )
+
+
+def _fill_floats(feature: Any, values: list) -> None:
+    feature.float_list.value.extend(json_tensors.parse_tensor(values, types_pb2.DT_FLOAT).tolist())
+
+
+def _fill_bytes(feature: Any, values: list) -> None:
+    feature.bytes_list.value.extend(json_tensors.parse_tensor(values, types_pb2.DT_STRING).tolist())
+
+
+def _fill_integers(feature: Any, values: list) -> None:
+    feature.int64_list.value.extend(map(int, values))
+
+
+_FILL: dict[str, Callable[[Any, list], None]] = {
+    "float": _fill_floats,
+    "bytes": _fill_bytes,
+    "int64": _fill_integers,
+}
+
+
+def _json_type(value: Any) -> str:
+    return str(value) if isinstance(value, bool) else json_tensors.JSON_TYPES[type(value)]

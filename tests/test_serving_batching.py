@@ -1,0 +1,303 @@
+"""Batching in the embedded model server: what is merged, padded, split, refused and kept apart."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import ROOT, Server
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+Code = grpc.StatusCode
+
+
+def export(path: Path) -> None:
+    """Save a model whose signatures say how many rows the run had in which they took part."""
+
+    def rows(x):
+        return tf.fill([tf.shape(x)[0]], tf.shape(x)[0])
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.float32, name="x")])
+    def add(x):
+        return {"sum": tf.reduce_sum(x, 1), "rows": rows(x)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, name="x")])
+    def picky(x):
+        with tf.control_dependencies([tf.debugging.assert_non_negative(x)]):
+            return {"sum": tf.reduce_sum(x, 1), "rows": rows(x)}
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None], tf.string, name="text"),
+            tf.TensorSpec([], tf.int32, name="times"),
+        ]
+    )
+    def repeat(text, times):
+        return {"texts": tf.repeat(text[:, None], times, 1), "count": tf.size(text)}
+
+    tf.saved_model.save(
+        tf.Module(),
+        str(path),
+        signatures={"serving_default": add, "picky": picky, "repeat": repeat},
+    )
+
+
+@pytest.fixture(scope="module")
+def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("batching")
+    export(path / "1")
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(
+    base_path: Path,
+    start_model_server: Callable[..., Server],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Server]]:
+    """Start a server of the model with these batching parameters."""
+    servers = []
+
+    def start(parameters: str, *flags: str, path: Path = base_path) -> Server:
+        file = tmp_path_factory.mktemp("parameters") / "batching.txt"
+        file.write_text(parameters)
+        servers.append(
+            start_model_server(
+                path,
+                *("--enable_batching", f"--batching_parameters_file={file}"),
+                *("--grpc_max_threads=32", "--rest_api_num_threads=8", *flags),
+                model_name="adder",
+            )
+        )
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[..., Server]) -> Server:
+    return start(
+        "max_batch_size { value: 16 }  batch_timeout_micros { value: 100000 }"
+        "allowed_batch_sizes: [4, 8, 16]"
+    )
+
+
+def stub(server: Server) -> Any:
+    return prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(server.grpc))
+
+
+def request(signature_name: str = "", **inputs: Any) -> Any:
+    message = predict_pb2.PredictRequest()
+    message.model_spec.name = "adder"
+    message.model_spec.signature_name = signature_name
+    for alias, value in inputs.items():
+        message.inputs[alias].CopyFrom(tf.make_tensor_proto(value))
+    return message
+
+
+def ones(count: int, columns: int = 2) -> np.ndarray:
+    return np.ones([count, columns], np.float32)
+
+
+def arrays(response: Any) -> dict[str, np.ndarray]:
+    return {alias: tf.make_ndarray(proto) for alias, proto in response.outputs.items()}
+
+
+def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
+    """Make all calls at the same moment; return results and errors."""
+    barrier = threading.Barrier(len(calls))
+
+    def make(call: Callable[[], Any]) -> Any:
+        barrier.wait()
+        try:
+            return call()
+        except grpc.RpcError as error:
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(make, calls))
+
+
+def test_parallel_clients_get_their_own_answers_from_common_runs(server: Server) -> None:
+    predict = stub(server).Predict
+    sizes = set()
+
+    def call(value: int) -> None:
+        x = np.full([1 + value % 3, 2], value, np.float32)
+        outputs = arrays(predict(request(x=x)))
+        np.testing.assert_array_equal(outputs["sum"], x.sum(1))
+        sizes.update(outputs["rows"].tolist())
+
+    for _ in range(5):
+        assert at_once([partial(call, value) for value in range(32)]) == [None] * 32
+    assert sizes <= {4, 8, 16}
+    assert 16 in sizes
+
+
+def test_a_lone_request_is_padded(server: Server) -> None:
+    outputs = arrays(stub(server).Predict(request(x=ones(5))))
+    assert outputs["rows"].tolist() == [8] * 5
+    assert outputs["sum"].tolist() == [2] * 5
+
+
+def test_output_filter_and_empty_batch(server: Server) -> None:
+    message = request(x=ones(3))
+    message.output_filter.append("rows")
+    assert {n: a.tolist() for n, a in arrays(stub(server).Predict(message)).items()} == {
+        "rows": [4] * 3
+    }
+    assert arrays(stub(server).Predict(request(x=ones(0))))["sum"].shape == (0,)
+
+
+def test_rest_takes_part(server: Server) -> None:
+    def call(value: int) -> Any:
+        body = json.dumps({"instances": [[value, 1]] * 2}).encode()
+        url = f"{server.http}/v1/models/adder:predict"
+        with urllib.request.urlopen(url, body) as response:
+            return json.load(response)["predictions"]
+
+    for value, rows in enumerate(at_once([partial(call, value) for value in range(8)])):
+        assert rows == [{"sum": value + 1, "rows": 16}] * 2
+
+
+def test_a_large_request_is_refused(server: Server) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(server).Predict(request(x=ones(17)))
+    assert caught.value.code() == Code.INVALID_ARGUMENT
+    assert caught.value.details() == "Task size 17 is larger than maximum input batch size 16"
+
+
+def test_bad_batch_mates_harm_nobody(server: Server) -> None:
+    predict = stub(server).Predict
+    good = [partial(predict, request("picky", x=ones(1) * v)) for v in range(12)]
+    bad = [
+        partial(predict, request("picky", x=-ones(1))),
+        partial(predict, request("picky", x=ones(1, 3))),
+        partial(predict, request("picky", x=ones(1).astype(np.int32))),
+        partial(predict, request("picky", y=ones(1))),
+    ]
+    answers = at_once([*good, *bad])
+    assert [tf.make_ndarray(a.outputs["sum"]).tolist() for a in answers[:12]] == [
+        [2.0 * v] for v in range(12)
+    ]
+    assert [error.code() for error in answers[12:]] == [Code.INVALID_ARGUMENT] * 4
+
+
+def test_what_cannot_be_merged_runs_on_its_own(server: Server) -> None:
+    predict = stub(server).Predict
+    text = ["a", "b", "c"]
+    narrow_and_wide = [partial(predict, request(x=ones(1, 2 + v % 3))) for v in range(6)]
+    scalar = [partial(predict, request("repeat", text=text, times=np.int32(2)))] * 2
+    answers = [arrays(answer) for answer in at_once([*narrow_and_wide, *scalar])]
+    assert [outputs["sum"].tolist() for outputs in answers[:6]] == [[2], [3], [4]] * 2
+    for outputs in answers[6:]:
+        assert outputs["texts"].tolist() == [[b"a"] * 2, [b"b"] * 2, [b"c"] * 2]
+        assert outputs["count"].tolist() == 3
+
+
+def test_a_full_queue_is_unavailable_and_recovers(start: Callable[..., Server]) -> None:
+    predict = stub(
+        start(
+            "max_batch_size { value: 2 }  batch_timeout_micros { value: 2000000 }"
+            "max_enqueued_batches { value: 1 }  num_batch_threads { value: 1 }"
+        )
+    ).Predict
+    waiting = predict.future(request(x=ones(1)))  # until the time is over: the batch is not full
+    refusal = None
+    while not waiting.done():
+        try:
+            predict(request(x=ones(2)))  # has no place beside it
+        except grpc.RpcError as error:
+            refusal = error
+    assert refusal is not None and refusal.code() == Code.UNAVAILABLE
+    assert "The batch scheduling queue to which this task was submitted is full" in str(
+        refusal.details()
+    )
+    assert arrays(waiting.result())["rows"].tolist() == [1]
+    assert arrays(predict(request(x=ones(2))))["rows"].tolist() == [2, 2]
+
+
+def test_large_requests_are_split_on_demand_and_short_inputs_padded(
+    start: Callable[..., Server],
+) -> None:
+    predict = stub(
+        start(
+            "max_batch_size { value: 8 }  batch_timeout_micros { value: 300000 }"
+            "enable_large_batch_splitting { value: true }  max_execution_batch_size { value: 4 }"
+            "allowed_batch_sizes: [2, 4]  pad_variable_length_inputs: true"
+        )
+    ).Predict
+    x = np.arange(14, dtype=np.float32).reshape(7, 2)
+    outputs = arrays(predict(request(x=x)))
+    assert outputs["sum"].tolist() == x.sum(1).tolist()
+    assert outputs["rows"].tolist() == [4] * 7
+    with pytest.raises(grpc.RpcError, match="Task size 9 is larger"):
+        predict(request(x=ones(9)))
+    short, long = at_once([partial(predict, request(x=ones(2, n) * n)) for n in (2, 3)])
+    assert arrays(short)["sum"].tolist() == [6, 6]  # 2 + 2 and another 2, its first value
+    assert arrays(long) == {"sum": pytest.approx([9, 9]), "rows": pytest.approx([4, 4])}
+
+
+def test_a_model_brings_its_own_parameters_and_versions_change_unnoticed(
+    start: Callable[..., Server], base_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base_path / "1", tmp_path / "1")
+    (tmp_path / "1/batching_params.pbtxt").write_text("max_batch_size { value: 3 }")
+    server = start("", "--enable_per_model_batching_parameters", path=tmp_path)
+    predict = stub(server).Predict
+    with pytest.raises(grpc.RpcError, match="Task size 4 is larger"):
+        predict(request(x=ones(4)))
+
+    shutil.copytree(base_path / "1", tmp_path / "next")
+    (tmp_path / "next").rename(tmp_path / "2")
+
+    def until_version_2() -> None:
+        while (response := predict(request(x=ones(1)))).model_spec.version.value == 1:
+            assert arrays(response)["sum"].tolist() == [2]
+
+    assert at_once([until_version_2] * 8) == [None] * 8
+    assert arrays(predict(request(x=ones(1001))))["rows"][0] == 1001  # no file, no batching
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_batch_size: 8", 'is not a BatchingParameters in text format: 1:17 : .*Expected "{"'),
+        ("max_bach_size { value: 8 }", 'has no field named "max_bach_size"'),
+        ("max_batch_size { value: 0 }", "max_batch_size must be positive; was 0"),
+        ("batch_timeout_micros { value: -1 }", "batch_timeout_micros must be non-negative; was -1"),
+        ("allowed_batch_sizes: [4, 2]", r"positive and increasing; were \[4, 2\]"),
+        ("allowed_batch_sizes: [2, 4]", "last entry was 4; expected 1000"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(
+    base_path: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "batching.txt"
+    file.write_text(text)
+    command = [sys.executable, "-m", "model_server", f"--model_base_path={base_path}", "--port=0"]
+    result = subprocess.run(
+        [*command, "--enable_batching", f"--batching_parameters_file={file}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert str(file) in result.stderr
+    assert re.search(message, result.stderr)

@@ -1,0 +1,388 @@
+"""Several models, version policies and labels from a config file, changed while serving."""
+
+import json
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import ROOT, Server
+from google.protobuf import text_format
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_management_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+)
+from test_model_server_lifecycle import eventually
+
+Code = grpc.StatusCode
+State = get_model_status_pb2.ModelVersionStatus
+
+
+def export(path: Path, number: int) -> Path:
+    """Save a model that adds its number, whole or not at all."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def add(x):
+        return {"y": x + number}
+
+    partial = path.with_name("partial")
+    tf.saved_model.save(tf.Module(), str(partial), signatures=add)
+    return partial.rename(path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base paths: ``first`` holds versions 1 to 3, ``second`` 7, ``broken`` 1, ``empty`` none."""
+    path = tmp_path_factory.mktemp("models")
+    (path / "first").mkdir()
+    for number in (1, 2, 3):
+        export(path / "first" / str(number), number)
+    (path / "second").mkdir()
+    export(path / "second" / "7", 7)
+    (path / "empty").mkdir()
+    (path / "broken" / "1").mkdir(parents=True)
+    return path
+
+
+def model(models: Path, name: str, more: str = "", platform: str = "tensorflow") -> str:
+    return f"""
+        config {{
+          name: "{name}"
+          base_path: "{models / name}"
+          model_platform: "{platform}"
+          {more}
+        }}"""
+
+
+def listed(*configs: str) -> str:
+    return f"model_config_list {{ {''.join(configs)} }}"
+
+
+@pytest.fixture(scope="module")
+def config_file(models: Path) -> Path:
+    file = models / "models.config"
+    first = "model_version_policy { all {} } version_labels { key: 'stable' value: 1 }"
+    file.write_text(
+        listed(
+            model(models, "first", first + "version_labels { key: 'canary' value: 3 }"),
+            model(models, "second"),
+        )
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(
+    models: Path, config_file: Path, start_model_server: Callable[..., Server]
+) -> Iterator[Server]:
+    server = start_model_server(
+        models / "nowhere",
+        f"--model_config_file={config_file}",
+        "--model_config_file_poll_wait_seconds=1",
+        "--allow_version_labels_for_unavailable_models=true",
+        "--max_num_load_retries=0",
+        model_name="first",
+    )
+    yield server
+    server.stop()
+
+
+class Client:
+    def __init__(self, server: Server):
+        self.http = server.http
+        self.channel = grpc.insecure_channel(server.grpc)
+        self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self.channel)
+        self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
+
+    def predict(self, name: str, version: int = 0, label: str = "") -> tuple[int, float]:
+        """Return version and result of adding to zero."""
+        request = predict_pb2.PredictRequest()
+        _fill(request.model_spec, name, version, label)
+        request.inputs["x"].CopyFrom(tf.make_tensor_proto(np.zeros(1, np.float32)))
+        response = self.prediction.Predict(request)
+        return response.model_spec.version.value, tf.make_ndarray(response.outputs["y"])[0]
+
+    def states(self, name: str, version: int = 0, label: str = "") -> dict[int, int]:
+        request = get_model_status_pb2.GetModelStatusRequest()
+        _fill(request.model_spec, name, version, label)
+        statuses = self.models.GetModelStatus(request).model_version_status
+        return {status.version: status.state for status in statuses}
+
+    def reload(self, config: str) -> Any:
+        request = model_management_pb2.ReloadConfigRequest()
+        text_format.Parse(config, request.config)
+        return self.models.HandleReloadConfigRequest(request, timeout=30)
+
+    def rest(self, path: str, body: Any = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            with urllib.request.urlopen(f"{self.http}/v1/models/{path}", data) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+
+def _fill(spec: Any, name: str, version: int, label: str) -> None:
+    spec.name = name
+    if version:
+        spec.version.value = version
+    if label:
+        spec.version_label = label
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    client = Client(server)
+    yield client
+    client.channel.close()
+
+
+def refused(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), str(caught.value.details())
+
+
+# The tests with this server run in order: each goes on from the config that the one before left.
+
+
+def test_every_model_and_every_version(client: Client) -> None:
+    assert client.states("first") == dict.fromkeys((1, 2, 3), State.AVAILABLE)
+    assert client.predict("first") == (3, 3)
+    assert client.predict("first", version=2) == (2, 2)
+    assert client.predict("second") == (7, 7)
+    assert refused(lambda: client.predict("default"))[0] == Code.NOT_FOUND
+
+
+def test_labels_over_grpc(client: Client) -> None:
+    assert client.predict("first", label="stable") == (1, 1)
+    assert client.predict("first", label="canary") == (3, 3)
+    assert client.states("first", label="stable") == {1: State.AVAILABLE}
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    _fill(request.model_spec, "first", 0, "stable")
+    assert client.prediction.GetModelMetadata(request).model_spec.version.value == 1
+    for name, label in (("first", "fast"), ("second", "stable"), ("nobody", "stable")):
+        unknown = (Code.INVALID_ARGUMENT, f"Unrecognized servable version label: {label}")
+        assert refused(partial(client.predict, name, label=label)) == unknown
+        assert refused(partial(client.states, name, label=label)) == unknown
+
+
+def test_labels_over_rest(client: Client) -> None:
+    path = "first/labels/stable"
+    assert client.rest(f"{path}:predict", {"instances": [0.5]}) == (200, {"predictions": [1.5]})
+    status, answer = client.rest(path)
+    assert status == 200
+    assert [each["version"] for each in answer["model_version_status"]] == ["1"]
+    status, answer = client.rest(f"{path}/metadata")
+    assert (status, answer["model_spec"]["version"]) == (200, "1")
+    unknown = (400, {"error": "Unrecognized servable version label: fast"})
+    assert client.rest("first/labels/fast:predict", {"instances": [0.5]}) == unknown
+    assert client.rest("first/labels/fast") == unknown
+    assert client.rest("first/labels/fast/metadata") == unknown
+    assert client.rest("first/labels/:predict", {"instances": [0.5]})[0] == 400
+
+
+def test_config_file_is_followed(
+    server: Server, client: Client, models: Path, config_file: Path
+) -> None:
+    policy = "model_version_policy { specific { versions: [1, 2, 8, 9] } }"
+    config_file.write_text(
+        listed(model(models, "first", policy + "version_labels { key: 'stable' value: 2 }"))
+    )
+    eventually(lambda: client.states("first")[3] == State.END, "3 is END")
+    assert client.states("first") == {1: State.AVAILABLE, 2: State.AVAILABLE, 3: State.END}
+    assert client.predict("first", label="stable") == (2, 2)
+    assert refused(lambda: client.predict("first", label="canary"))[0] == Code.INVALID_ARGUMENT
+    assert server.log.read_text().count("Version 8, 9 of servable first, which was requested") == 1
+    eventually(lambda: client.states("second") == {7: State.END}, "7 is END")
+    code, details = refused(lambda: client.predict("second"))
+    assert (code, details) == (Code.NOT_FOUND, "Servable not found for request: Latest(second)")
+
+
+def test_config_file_that_is_wrong_changes_nothing(
+    server: Server, client: Client, models: Path, config_file: Path
+) -> None:
+    good = config_file.read_text()
+    config_file.write_text("model_config_list {\n  config {\n    nam: 'first'\n")
+    eventually(lambda: 'has no field named "nam"' in server.log.read_text(), "it is told")
+    config_file.unlink()
+    eventually(lambda: f"cannot read {config_file}" in server.log.read_text(), "it is told")
+    assert client.predict("first") == (2, 2)
+    config_file.write_text(good)
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "details"),
+    [
+        (
+            lambda m: listed(model(m, "first"), model(m, "first")),
+            Code.INVALID_ARGUMENT,
+            "Illegal to list model first multiple times in config list",
+        ),
+        (
+            lambda m: "model_config_list { config { name: 'a' base_path: 'b' } }",
+            Code.INVALID_ARGUMENT,
+            "Expected model a to have an absolute path or URI; got base_path()=b",
+        ),
+        (
+            lambda m: listed(model(m, "first", platform="")),
+            Code.INVALID_ARGUMENT,
+            "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
+            "ModelServerConfig::model_platform.",
+        ),
+        (
+            lambda m: listed(model(m, "first", platform="caffe")),
+            Code.INVALID_ARGUMENT,
+            "Model first requests unsupported platform caffe",
+        ),
+        (
+            lambda m: listed(model(m, "first", "model_type: TENSORFLOW")),
+            Code.INVALID_ARGUMENT,
+            "Illegal setting both ModelServerConfig::model_type (deprecated) and "
+            "ModelServerConfig::model_platform.",
+        ),
+        (
+            lambda m: listed(model(m, "first", "version_labels { key: 'stable' value: 4 }")),
+            Code.FAILED_PRECONDITION,
+            "Request to assign label to version 4 of model first, which is not currently "
+            "available for inference",
+        ),
+        (
+            lambda m: "",
+            Code.INVALID_ARGUMENT,
+            "ServerModelConfig type not supported by HandleReloadConfigRequest. Only "
+            "ModelConfigList is currently supported",
+        ),
+        (
+            lambda m: listed(model(m, "first"), model(m, "empty")),
+            Code.UNKNOWN,
+            "1 model(s) did not become available: {{{name: empty} due to error: no versions of",
+        ),
+        (
+            lambda m: listed(model(m, "first"), model(m, "broken"), model(m, "nowhere")),
+            Code.UNKNOWN,
+            "2 model(s) did not become available: {{{name: broken version: 1} due to error: "
+            "NOT_FOUND: ",
+        ),
+    ],
+)
+def test_reload_request_is_refused(
+    client: Client,
+    models: Path,
+    config: Callable[[Path], str],
+    code: grpc.StatusCode,
+    details: str,
+) -> None:
+    got = refused(lambda: client.reload(config(models)))
+    assert (got[0], got[1][: len(details)]) == (code, details)
+    assert client.predict("first")[0] in (2, 3)
+
+
+def test_reload_request(client: Client, models: Path, config_file: Path) -> None:
+    latest = "model_version_policy { latest { num_versions: 2 } }"
+    config = listed(
+        model(models, "first", latest + "version_labels { key: 'new' value: 3 }"),
+        model(models, "second", "version_labels { key: 'only' value: 7 }"),
+    )
+    config_file.write_text(config)  # which the server follows, too
+    response = client.reload(config)
+    assert response.HasField("status")
+    assert (response.status.error_code, response.status.error_message) == (0, "")
+    assert client.states("first") == {1: State.END, 2: State.AVAILABLE, 3: State.AVAILABLE}
+    assert client.predict("first", label="new") == (3, 3)
+    assert client.predict("second", label="only") == (7, 7)
+
+    moved = config.replace("key: 'new' value: 3", "key: 'new' value: 2")
+    config_file.write_text(moved)
+    client.reload(moved)
+    assert client.predict("first", label="new") == (2, 2)
+
+    export(models / "first" / "4", 4)
+    eventually(lambda: client.states("first").get(4) == State.AVAILABLE, "4 is AVAILABLE")
+    eventually(lambda: client.states("first")[2] == State.END, "2 is END")
+    gone = "Servable not found for request: Specific(first, 2)"
+    assert refused(lambda: client.predict("first", label="new")) == (Code.NOT_FOUND, gone)
+
+    config_file.write_text("model_config_list {}")
+    client.reload("model_config_list {}")
+    assert refused(lambda: client.predict("first"))[0] == Code.NOT_FOUND
+    assert set(client.states("first").values()) == {State.END}
+
+
+def start(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "model_server", "--port=0", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory"),
+        ("model_config_list {\n  config {\n    nam: 'a'\n  }\n}\n", "3:5"),
+        ("model_config_list {\n  config {", "in text format: 2:"),
+        ("model_config_list { config { name: 'a' base_path: 'b' } }", "absolute path"),
+        (
+            "model_config_list { config { name: 'a' base_path: '/b' model_platform: 'tensorflow' "
+            "version_labels { key: 'stable' value: 1 } } }",
+            "--allow_version_labels_for_unavailable_models",
+        ),
+    ],
+)
+def test_server_does_not_start_with_a_wrong_config_file(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    file = tmp_path / "models.config"
+    if text is not None:
+        file.write_text(text)
+    outcome = start(f"--model_config_file={file}")
+    assert outcome.returncode == 1
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("model_server: ")
+    assert message in line
+    assert "Traceback" not in line
+
+
+def test_one_broken_version_leaves_the_others_under_policy_all(
+    tmp_path: Path, models: Path, start_model_server: Callable[..., Server]
+) -> None:
+    shutil.copytree(models / "first" / "1", tmp_path / "m" / "1")
+    (tmp_path / "m" / "2").mkdir()
+    shutil.copytree(models / "first" / "3", tmp_path / "m" / "3")
+    file = tmp_path / "models.config"
+    file.write_text(listed(model(tmp_path, "m", "model_version_policy { all {} }")))
+    server = start_model_server(
+        tmp_path,
+        f"--model_config_file={file}",
+        "--file_system_poll_wait_seconds=0",
+        model_name="m",
+    )
+    client = Client(server)
+    expected = {1: State.AVAILABLE, 2: State.END, 3: State.AVAILABLE}
+    eventually(lambda: client.states("m") == expected, str(expected))
+    assert client.predict("m") == (3, 3)
+    more = model(tmp_path, "m", "model_version_policy { all {} }"), model(models, "second")
+    client.reload(listed(*more))  # which makes the server look once more
+    assert client.states("m") == expected
+    assert client.predict("second") == (7, 7)
+    client.channel.close()
+    assert server.stop() == 0
