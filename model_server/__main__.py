@@ -182,7 +182,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "rest_api_num_threads": (int, "threads that answer REST requests"),
     "rest_api_timeout_in_ms": (int, "milliseconds that a prediction over REST may take"),
     "tensorflow_session_parallelism": (int, "sets both of the following"),
-    "tensorflow_intra_op_parallelism": (int, "threads in one operation; 0 means one a core"),
+    "tensorflow_intra_op_parallelism": (int, "threads in one operation; 0 means half of the cores"),
     "tensorflow_inter_op_parallelism": (int, "operations at a time; 0 means one a core"),
     "per_process_gpu_memory_fraction": (
         float,

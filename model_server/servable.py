@@ -1,11 +1,8 @@
 """One loaded version of a model: its signatures, and the session that runs them."""
 
 import functools
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +18,6 @@ from .errors import ServingError, invalid_argument, status_code
 DEFAULT_SIGNATURE = "serving_default"
 
 
-class _Running:
-    """Counts the runs in this process, to decide how many cores an operation of each may use.
-
-    An operation on all cores is finished soonest. But when there is a run for every core, more gets
-    done when each stays on one; and of two cores, a request with a single row needs the other one
-    for its own way through gRPC. ``bench/README.md`` has the numbers.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-
-    @contextmanager
-    def one_core_each(self, rows: int) -> Iterator[bool]:
-        """Count a run while it lasts; say whether its operations are to stay on one core."""
-        cores = os.cpu_count() or 1
-        with self._lock:
-            self._count += 1
-            crowded = self._count >= cores or (rows < cores == 2)
-        try:
-            yield crowded and cores > 1
-        finally:
-            with self._lock:
-                self._count -= 1
-
-
-_running = _Running()
 _with_limits = ThreadPoolExecutor(max_workers=512, thread_name_prefix="run")
 
 
@@ -86,7 +56,6 @@ class Servable:
             name: meta_graph_pb2.SignatureDef.FromString(signature.SerializeToString())
             for name, signature in meta_graph.signature_def.items()
         }
-        self._built: set[tuple[str, tuple[str, ...]]] = set()
         self._callable = functools.lru_cache(maxsize=64)(self._make_callable)
 
     def signature(self, name: str) -> Any:
@@ -131,15 +100,6 @@ class Servable:
                 raise invalid_argument(f"tensor parsing error: {alias}") from error
         return self.predict(request.model_spec.signature_name, inputs, request.output_filter)
 
-    def prepare(self) -> None:
-        """Build what has run on one core for all cores too, and the other way round.
-
-        Building is most of what makes a first run slow; the requests themselves run only once.
-        """
-        for signature_name, outputs in list(self._built):
-            for one_core in (False, True):
-                self._callable(signature_name, outputs, one_core)
-
     def close(self) -> None:
         """Free the session; no request may be running."""
         self._session.close()
@@ -152,26 +112,22 @@ class Servable:
         timeout_ms: int,
     ) -> list[np.ndarray]:
         begin = metrics.now_us()
-        rows = feeds[0].shape[0] if feeds and feeds[0].ndim else 1
-        with _running.one_core_each(rows) as one_core:
-            run = self._callable(signature_name, outputs, one_core)
-            try:
-                arrays = run(*feeds) if not timeout_ms else _within(timeout_ms, run, feeds)
-            except tf.errors.OpError as error:
-                raise ServingError(status_code(error.error_code), error.message) from error
+        run = self._callable(signature_name, outputs)
+        try:
+            arrays = run(*feeds) if not timeout_ms else _within(timeout_ms, run, feeds)
+        except tf.errors.OpError as error:
+            raise ServingError(status_code(error.error_code), error.message) from error
         metrics.GRAPH_RUNS.increment()
         metrics.GRAPH_RUN_TIME.increment(by=round(metrics.now_us() - begin))
         return [np.asarray(a, object if isinstance(a, bytes) else None) for a in arrays]
 
     def _make_callable(
-        self, signature_name: str, outputs: tuple[str, ...], one_core: bool
+        self, signature_name: str, outputs: tuple[str, ...]
     ) -> Callable[..., list[np.ndarray]]:
-        self._built.add((signature_name, outputs))
         signature = self.signatures[signature_name]
         options = config_pb2.CallableOptions()
         options.feed.extend(signature.inputs[alias].name for alias in sorted(signature.inputs))
         options.fetch.extend(signature.outputs[alias].name for alias in outputs)
-        options.run_options.experimental.use_run_handler_pool = one_core
         # Unlike session.run and session.make_callable, this goes straight to the C++ session:
         # 0.1 ms less for each request.
         return self._session._make_callable_from_options(options)

@@ -111,7 +111,11 @@ class ModelServer:
 
         tf.get_logger().setLevel(logging.ERROR)
         config = tf.compat.v1.ConfigProto(
-            intra_op_parallelism_threads=self.tensorflow_intra_op_parallelism,
+            # Half of the cores for one operation: the others have requests of their own to
+            # carry. bench/README.md has the numbers.
+            intra_op_parallelism_threads=(
+                self.tensorflow_intra_op_parallelism or max(1, (os.cpu_count() or 1) // 2)
+            ),
             inter_op_parallelism_threads=self.tensorflow_inter_op_parallelism,
         )
         config.gpu_options.per_process_gpu_memory_fraction = self.per_process_gpu_memory_fraction

@@ -43,7 +43,6 @@ def replay(servable: Servable, path: Path, iterations: int = 1) -> int:
                 )
             for _ in range(iterations):
                 _RUN[kind](servable, getattr(log, kind).request)
-        servable.prepare()
     except tf.errors.DataLossError as error:
         raise ServingError(
             grpc.StatusCode.DATA_LOSS,
