@@ -6,6 +6,7 @@ Numbers are parsed, checked and converted by functions that loop in C: a picture
 import base64
 import binascii
 import json
+import math
 import re
 from collections.abc import Mapping
 from itertools import chain
@@ -21,6 +22,8 @@ from .tensors import dtype_name
 MAX_SHOWN_CHARACTERS = 500
 # A string, or a short form of Infinity: TensorFlow Serving reads it, Python does not.
 STRING_OR_INF = re.compile(rb'"(?:[^"\\]++|\\.)*+"|\bInf\b')
+# What a number that a double cannot hold has: three digits of exponent, or hundreds of digits.
+HUGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{309}")
 JSON_TYPES = {
     dict: "Object",
     list: "Array",
@@ -46,13 +49,28 @@ def parse_body(body: bytes) -> dict[str, Any]:
 
 
 def _loads(body: bytes) -> Any:
+    hooks: dict[str, Any] = {"object_pairs_hook": _first_of_each_key}
+    if HUGE_NUMBER.search(body):  # Python would read them as Infinity
+        hooks |= {"parse_float": _finite, "parse_int": _finite_integer}
     try:
-        return json.loads(body, object_pairs_hook=_first_of_each_key)
+        return json.loads(body, **hooks)
     except json.JSONDecodeError:
         longer = STRING_OR_INF.sub(lambda m: b"Infinity" if m[0] == b"Inf" else m[0], body)
         if longer == body:
             raise
-        return json.loads(longer, object_pairs_hook=_first_of_each_key)
+        return json.loads(longer, **hooks)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError("Number too big to be stored in double.")
+    return value
+
+
+def _finite_integer(number: str) -> int:
+    _finite(number)
+    return int(number)
 
 
 def _first_of_each_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

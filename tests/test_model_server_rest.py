@@ -214,6 +214,13 @@ def test_short_forms_of_infinity(server: Server) -> None:
     assert predict(server, body) == {"outputs": ['Inf " Inf', "\\"]}
 
 
+def test_numbers_just_within_a_double(server: Server) -> None:
+    body = b'{"signature_name": "echo_float64", "inputs": [1e308, 0e999, 1e-999], "x": "1e999"}'
+    assert predict(server, body) == {"outputs": [1e308, 0.0, 0.0]}
+    body = b'{"signature_name": "echo_int32", "inputs": [0, 7], "x": "1e999"}'
+    assert predict(server, body) == {"outputs": [0, 7]}
+
+
 def test_numbers_become_the_nearest_that_their_dtype_has(server: Server) -> None:
     body = {"signature_name": "invert", "inputs": [16777217, 1435774380, 2**64, 0.1]}
     expected = 1 / np.array([16777216, 1435774336, 2**64, 0.1], np.float32)
@@ -377,7 +384,14 @@ BAD_BODIES: dict[str, tuple[Any, str]] = {
     ),
     "infinity with a typing error": (b'{"inputs": [[Inf, Infin]]}', "JSON Parse error"),
     "number beyond float": ({"inputs": [[1, 1e39]]}, "Cannot convert JSON value: 1e+39 to float"),
-    "integer beyond double": ({"inputs": [[1, 10**400]]}, "without loss of precision"),
+    "integer beyond double": (
+        {"inputs": [[1, 10**400]]},
+        "JSON Parse error: Number too big to be stored in double.",
+    ),
+    "number beyond double": (
+        b'{"inputs": [[1, -1e400]]}',
+        "JSON Parse error: Number too big to be stored in double.",
+    ),
     "ragged": (
         {"inputs": [[1, 2], [3]]},
         "Encountered list at unexpected size: 1 at level: 1 expected size: 2",
