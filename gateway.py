@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ app.json.sort_keys = False  # type: ignore[attr-defined]  # classes stay in the 
 
 stopping = threading.Event()  # gunicorn.conf.py sets it when the process is asked to end
 places = threading.BoundedSemaphore(MAX_IN_FLIGHT)
+fetchers = ThreadPoolExecutor(MAX_IN_FLIGHT * MAX_LINKS)  # no picture waits for another's slow host
 limiter = Limiter(get_remote_address, app=app, enabled=bool(RATE_LIMIT), storage_uri="memory://")
 access_log = logging.getLogger("access")
 access_log.addHandler(logging.StreamHandler(sys.stdout))
@@ -251,7 +253,7 @@ def read_files(body: Any) -> list[bytes]:
         case _:
             raise Problem(400, "malformed-request", USAGE)
     with stage("fetch"):
-        return pictures.fetch_all(links)
+        return pictures.fetch_all(links, fetchers)
 
 
 @SECONDS.labels("all").time()

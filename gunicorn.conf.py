@@ -1,5 +1,6 @@
 """How gunicorn runs the gateway; it reads this file by itself in the folder where it starts."""
 
+import math
 import os
 import select
 import socket
@@ -36,10 +37,13 @@ class Worker(ThreadWorker):
         self.end = float("inf")
 
     def get_thread_pool(self) -> ThreadPoolExecutor:
-        """Have threads to spare beside those that predict: for probes, refusals and uploads."""
+        """Have threads beside those that predict, for probes, refusals and uploads.
+
+        Their number follows from MAX_IN_FLIGHT; gunicorn's own --threads is not looked at.
+        """
         import gateway
 
-        self.size = max(self.cfg.threads, gateway.MAX_IN_FLIGHT + 64)
+        self.size = gateway.MAX_IN_FLIGHT + 64
         return ThreadPoolExecutor(self.size)
 
     def handle(self, conn):
@@ -105,5 +109,5 @@ class Worker(ThreadWorker):
 
 
 worker_class, logger_class = Worker, Log
-threads = 8
+graceful_timeout = math.ceil(DRAIN_SECONDS) + 30  # gunicorn counts it from SIGTERM
 control_socket_disable = True

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from base64 import b64encode
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from io import BytesIO
 from ipaddress import ip_address, ip_network
@@ -238,12 +238,7 @@ def fetch(url: str, lines: Lines) -> bytes:
     raise Problem(502, "link-failed", f"More than {MAX_REDIRECTS} redirects: {start:.200}")
 
 
-# More threads than links can be in work, so that no picture waits for another's slow host;
-# they start with the links, in gunicorn's worker.
-fetchers = ThreadPoolExecutor(512)
-
-
-def fetch_all(urls: list[str]) -> list[bytes]:
+def fetch_all(urls: list[str], fetchers: Executor) -> list[bytes]:
     """Return what the links lead to, all fetched at once, within IMAGE_TIMEOUT_SECONDS."""
     lines = Lines(IMAGE_TIMEOUT_SECONDS)
     try:

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import tfserving
+from bench.measure import CLIENTS, count_calls, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "build/clothing-model"
 ONNX_MODEL = ROOT / "build/clothing-model.onnx"
 SAMPLES = sorted((ROOT / "notebooks/samples").glob("*.png"))
-CLIENTS, FAR = 16, 50  # so many at a time; milliseconds to a host that is not on this machine
+FAR = 50  # milliseconds to a host that is not on this machine
 COURSE, FASTAPI, DIRECT = "course", "FastAPI, ONNX Runtime", "Predict of the prepared array"
 LEAST = {COURSE: 3, FASTAPI: 1}  # times as many pictures a second as these
 
@@ -43,13 +43,6 @@ Call = Callable[[], Any]
 Tiers = tuple[list[psutil.Process], list[psutil.Process]]
 http = urllib3.PoolManager(maxsize=CLIENTS)
 preprocessor = create_preprocessor("xception", target_size=(224, 224))
-
-
-def free_port() -> int:
-    """Return a port where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -149,25 +142,13 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def throughput(call: Call, tiers: Tiers, seconds: float = 2.0) -> list[float]:
+def throughput(call: Call, tiers: Tiers) -> list[float]:
     """Return the calls a second of 16 clients, and the CPU milliseconds a call in each tier."""
-
-    def client(_: int) -> int:
-        count = 0
-        while time.perf_counter() < end:
-            call()
-            count += 1
-        return count
-
     http.clear()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        before = [cpu_seconds(tier) for tier in tiers]
-        begin = time.perf_counter()
-        end = begin + seconds
-        count = sum(pool.map(client, range(CLIENTS)))
-        wall = time.perf_counter() - begin
-        used = [cpu_seconds(tier) - b for tier, b in zip(tiers, before, strict=True)]
-    return [count / wall, *(each * 1e3 / count for each in used)]
+    before = [cpu_seconds(tier) for tier in tiers]
+    count, seconds = count_calls(call)
+    used = [cpu_seconds(tier) - b for tier, b in zip(tiers, before, strict=True)]
+    return [count / seconds, *(each * 1e3 / count for each in used)]
 
 
 def compare(

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,8 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from tqdm import tqdm
 
+from bench.measure import CLIENTS, count_calls, free_port
+
 MODEL = Path("build/clothing-model")
 BATCHING = """
 max_batch_size { value: 8 }  batch_timeout_micros { value: 2000 }  num_batch_threads { value: 2 }
@@ -42,18 +43,11 @@ WARM_UP = 4  # reloads until the memory allocator has all the space that it keep
 @contextlib.contextmanager
 def model_server(base_path: Path, *flags: str) -> Iterator[tuple[Any, psutil.Process]]:
     """Start ``python -m model_server``; hand out a stub and the process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [
-            *(
-                sys.executable,
-                "-m",
-                "model_server",
-                f"--port={port}",
-                "--model_name=clothing-model",
-            ),
+            *(sys.executable, "-m", "model_server"),
+            *(f"--port={port}", "--model_name=clothing-model"),
             *(f"--model_base_path={base_path}", "--grpc_max_threads=64", *flags),
         ],
         stderr=subprocess.DEVNULL,
@@ -87,19 +81,10 @@ def milliseconds(call: Callable[[], Any], count: int = 20) -> list[float]:
     return times
 
 
-def per_second(call: Callable[[], Any], clients: int = 16, seconds: float = 2.0) -> float:
-    """Count the calls a second that this many threads get done together."""
-    end = time.perf_counter() + seconds
-
-    def client(_: int) -> int:
-        count = 0
-        while time.perf_counter() < end:
-            call()
-            count += 1
-        return count
-
-    with ThreadPoolExecutor(clients) as pool:
-        return sum(pool.map(client, range(clients))) / seconds
+def per_second(call: Callable[[], Any]) -> float:
+    """Return the calls a second of 16 clients."""
+    count, seconds = count_calls(call)
+    return count / seconds
 
 
 def compare(
@@ -177,10 +162,7 @@ def main() -> None:
         batching = ("--enable_batching", f"--batching_parameters_file={parameters}")
         with (
             model_server(base_path) as (stub, process),
-            model_server(base_path, *batching) as (
-                batched,
-                _,
-            ),
+            model_server(base_path, *batching) as (batched, _),
         ):
             calls = {
                 "signature in this process": lambda: signature(inputs=one)["probabilities"].numpy(),
@@ -191,7 +173,7 @@ def main() -> None:
             results = compare("throughput", per_second, calls)
             merged = milliseconds(lambda: signature(inputs=sixteen)["probabilities"].numpy(), 5)
             results["signature in this process, 16 in a call"] = 16e3 / statistics.median(merged)
-            show("Throughput, 16 clients", "/s", results)
+            show(f"Throughput, {CLIENTS} clients", "/s", results)
 
             print("\nRight and wrong requests, 64 clients")
             for name, each in (("batching off", stub), ("batching on", batched)):

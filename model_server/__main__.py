@@ -194,7 +194,10 @@ FLAGS: dict[str, tuple[Any, str]] = {
     ),
     "rest_api_enable_cors_support": (_boolean, "let web pages of other sites use the REST API"),
     "tensorflow_session_parallelism": (int, "sets both of the following"),
-    "tensorflow_intra_op_parallelism": (int, "threads in one operation; 0 means half of the cores"),
+    "tensorflow_intra_op_parallelism": (
+        int,
+        "threads in one operation; 0 means TF_NUM_INTRAOP_THREADS, or half of the cores",
+    ),
     "tensorflow_inter_op_parallelism": (int, "operations at a time; 0 means one a core"),
     "tensorflow_session_config_file": (str, "text file with TensorFlow's ConfigProto"),
     "per_process_gpu_memory_fraction": (

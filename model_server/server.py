@@ -118,8 +118,10 @@ class ModelServer:
         tf.get_logger().setLevel(logging.ERROR)
         config = tf.compat.v1.ConfigProto(
             # Half of the cores for one operation: the others have requests of their own to
-            # carry. bench/README.md has the numbers.
-            intra_op_parallelism_threads=max(1, (os.cpu_count() or 1) // 2)
+            # carry. bench/README.md has the numbers. A container may have fewer cores than its
+            # machine, which TensorFlow is told by this variable.
+            intra_op_parallelism_threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS", "0"))
+            or max(1, (os.cpu_count() or 1) // 2)
         )
         if self.tensorflow_session_config_file:
             text_protos.read(self.tensorflow_session_config_file, config)

@@ -1,5 +1,6 @@
 """What both APIs answer: a request message in, a response message out, ServingError otherwise."""
 
+from functools import partial
 from typing import Any
 
 import grpc
@@ -58,34 +59,17 @@ def predict(
     return response
 
 
-def classify(
-    manager: ModelManager, check_method_name: bool, request: Any, timeout_ms: int = 0
-) -> Any:
-    """Answer a ``ClassificationRequest`` with a ``ClassificationResponse``."""
-    response = classification_pb2.ClassificationResponse()
-    _infer(manager, examples.CLASSIFY, check_method_name, request, timeout_ms, response)
-    return response
-
-
-def regress(
-    manager: ModelManager, check_method_name: bool, request: Any, timeout_ms: int = 0
-) -> Any:
-    """Answer a ``RegressionRequest`` with a ``RegressionResponse``."""
-    response = regression_pb2.RegressionResponse()
-    _infer(manager, examples.REGRESS, check_method_name, request, timeout_ms, response)
-    return response
-
-
 def _infer(
-    manager: ModelManager,
     method_name: str,
+    response_type: Any,
+    manager: ModelManager,
     check_method_name: bool,
     request: Any,
-    timeout_ms: int,
-    response: Any,
-) -> None:
+    timeout_ms: int = 0,
+) -> Any:
+    """Answer a request for one signature, and for the ``Example`` messages in its input."""
     _require_model_spec(request)
-    spec = request.model_spec
+    response, spec = response_type(), request.model_spec
     api = "Classify" if method_name == examples.CLASSIFY else "Regress"
     with manager.servable(spec) as (version, servable), metrics.runtime(spec.name, api):
         result = examples.infer(
@@ -99,6 +83,12 @@ def _infer(
     metrics.examples(spec.name, request.input)
     response.result.CopyFrom(result)
     _fill_model_spec(response.model_spec, spec, version)
+    return response
+
+
+# Each answers a request of its type, as `predict` does, with a response of its type.
+classify = partial(_infer, examples.CLASSIFY, classification_pb2.ClassificationResponse)
+regress = partial(_infer, examples.REGRESS, regression_pb2.RegressionResponse)
 
 
 def multi_inference(

@@ -107,7 +107,7 @@ def serve(base_path: Path) -> None:
         *("--model_name=clothing-model", f"--model_base_path={base_path}"),
     ]
     gunicorn = [
-        *(sys.executable, "-m", "gunicorn", "--threads", "8"),
+        *(sys.executable, "-m", "gunicorn"),
         *("--bind", f"127.0.0.1:{ports['GATEWAY_PORT']}", "gateway:app"),
     ]
     servers: dict[str, subprocess.Popen] = {}

@@ -1,29 +1,63 @@
 """Servers, models and pictures that the tests share: all real, all on loopback."""
 
+import io
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from hostile.namespace import Namespace
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = (ROOT / "model_server/classes.txt").read_text().split()
 SAMPLES = [ROOT / f"notebooks/samples/{name}.png" for name in CLASSES]
+# What cameras do to a picture, by the number that they note for it in the EXIF data.
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Return a picture as a file of this kind."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def turned(image: Image.Image, orientation: int, kind: str = "PNG") -> bytes:
+    """Return a picture as a camera stores it that was held in one of the eight ways."""
+    turn = TURNS.get(orientation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image if turn is None else image.transpose(turn), kind, exif=exif)
 
 
 @dataclass
@@ -40,6 +74,37 @@ class Server:
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(timeout=60)
+
+
+class WebHost(BaseHTTPRequestHandler):
+    """What the web servers of the tests have in common: they are brief, and say nothing here."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        """Send a whole answer, if anybody still waits for it."""
+        with suppress(OSError):
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(body)
+
+
+class Web(ThreadingHTTPServer):
+    """A web server that many may ask at once."""
+
+    request_queue_size = 128
+
+
+@contextmanager
+def serve(host: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Run a web server on loopback, and give its address, such as 127.0.0.1:12345."""
+    with Web(("127.0.0.1", 0), host) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def wait_until_ready(server: Server, url: str, ready: Callable[[bytes], bool]) -> None:
@@ -193,8 +258,10 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S
         return server
 
     yield start
+    for server in servers:  # all are told to end, then all are waited for
+        server.process.terminate()
     for server in servers:
-        server.stop()
+        server.process.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")
@@ -244,6 +311,33 @@ def start_gateway(launch: Callable[..., Server]) -> Callable[..., Server]:
         return server
 
     return start
+
+
+@pytest.fixture(scope="session")
+def model_server(start_model_server: Callable[..., Server], tiny_model: Path) -> Server:
+    """A model server with the tiny model."""
+    return start_model_server(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def clothing_server(start_model_server: Callable[..., Server], clothing_model: Path) -> Server:
+    """A model server with the bundled model."""
+    return start_model_server(clothing_model)
+
+
+@pytest.fixture(scope="session")
+def closed() -> str:
+    """An address where nobody listens."""
+    return f"localhost:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def namespace() -> "Iterator[Namespace]":
+    """A network namespace, a place that nothing leaves, with a hostile internet in it."""
+    from hostile.namespace import Namespace
+
+    with Namespace() as namespace:
+        yield namespace
 
 
 def export(base_path: Path, **parameters: object) -> Path:

@@ -7,11 +7,9 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote
@@ -20,13 +18,23 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import ROOT, Server, free_port, wait_until_ready
+from conftest import (
+    CLASSES,
+    ROOT,
+    TURNS,
+    Server,
+    WebHost,
+    encode,
+    free_port,
+    serve,
+    turned,
+    wait_until_ready,
+)
 from keras_image_helper import create_preprocessor
 from PIL import Image, ImageDraw, ImageOps
 
 import tfserving
 
-CLASSES = (ROOT / "model_server" / "classes.txt").read_text().splitlines()
 NOTEBOOK = "notebooks/04-flask-gateway.ipynb"
 MAX_BYTES = 200_000
 
@@ -40,30 +48,13 @@ def draw(size: tuple[int, int] = (60, 45), mode: str = "RGB") -> Image.Image:
     return image
 
 
-def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
 PICTURE = encode(draw())
 
 
-class PictureHost(BaseHTTPRequestHandler):
+class PictureHost(WebHost):
     """The web that the gateway fetches from: well-behaved pictures and hosts that misbehave."""
 
     visits: ClassVar[list[str]] = []
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
 
     def drip(self, content: bytes) -> None:
         """Send a byte ten times a second: never silent for long, never done."""
@@ -130,34 +121,18 @@ class PictureHost(BaseHTTPRequestHandler):
                 self.answer(404, b"")
 
 
-class Web(ThreadingHTTPServer):
-    request_queue_size = 64  # more than one request with 16 links connects at once
-
-
 @pytest.fixture(scope="module")
 def pictures() -> Iterator[str]:
     """The address of a running PictureHost."""
-    with Web(("127.0.0.1", 0), PictureHost) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serve(PictureHost) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def model_server(start_model_server, tiny_model) -> Server:
-    return start_model_server(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def closed_port() -> int:
-    return free_port()
-
-
-@pytest.fixture(scope="module")
-def gateway(start_gateway, model_server, pictures, closed_port) -> Server:
+def gateway(start_gateway, model_server, pictures, closed) -> Server:
     return start_gateway(
         model_server.grpc,
-        ALLOWED_IMAGE_HOSTS=f"{pictures}, localhost:{closed_port}",
+        ALLOWED_IMAGE_HOSTS=f"{pictures}, {closed}",
         IMAGE_MAX_BYTES=str(MAX_BYTES),
         IMAGE_MAX_PIXELS="1000000",
         IMAGE_TIMEOUT_SECONDS="1",
@@ -242,20 +217,8 @@ def test_json_needs_no_content_type(gateway, pictures):
 
 def test_upright_whatever_the_camera_says(gateway):
     expected = facts(send(gateway, PICTURE))
-    undo = {
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    for orientation, method in undo.items():
-        image = draw() if method is None else draw().transpose(method)
-        image.getexif()[0x0112] = orientation
-        picture = encode(image, exif=image.getexif())
+    for orientation in TURNS:
+        picture = turned(draw(), orientation)
         assert ImageOps.exif_transpose(Image.open(io.BytesIO(picture))).size == draw().size
         assert facts(send(gateway, picture)) == expected, f"orientation {orientation}"
 
@@ -388,10 +351,10 @@ def test_redirects(gateway, pictures):
     assert PictureHost.visits == [f"/redirect/{n}" for n in (3, 2, 1, 0)]
 
 
-def test_hosts_that_fail(gateway, pictures, closed_port):
+def test_hosts_that_fail(gateway, pictures, closed):
     problem = assert_problem(link(gateway, f"http://{pictures}/nothing"), 502, "link-failed")
     assert "404" in problem["detail"]
-    assert_problem(link(gateway, f"http://localhost:{closed_port}/"), 502, "link-failed")
+    assert_problem(link(gateway, f"http://{closed}/"), 502, "link-failed")
     assert_problem(link(gateway, f"http://{pictures}/page"), 415, "not-a-picture")
 
 

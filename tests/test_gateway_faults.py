@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +25,16 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from conftest import ROOT, Server, eventually, free_port, wait_until_available, wait_until_ready
+from conftest import (
+    ROOT,
+    Server,
+    WebHost,
+    eventually,
+    free_port,
+    serve,
+    wait_until_available,
+    wait_until_ready,
+)
 from keras_image_helper import create_preprocessor
 from PIL import Image
 from tensorflow_serving.apis import (
@@ -170,11 +178,6 @@ def assert_right(answers: list[Answer], expected: dict[int, list[float]]) -> Non
             probabilities = list(body["predictions"].values())
             assert probabilities == pytest.approx(expected[body["model"]["version"]], abs=1e-5)
         assert (status == 503) == ("Retry-After" in headers)
-
-
-@pytest.fixture(scope="module")
-def model_server(start_model_server, tiny_model) -> Server:
-    return start_model_server(tiny_model)
 
 
 # The model server goes, and comes back -----------------------------------------------------------
@@ -512,38 +515,24 @@ def test_large_pictures_are_tried_again_because_they_are_kept(
 # Too many requests, and slow clients -------------------------------------------------------------
 
 
-class SlowHost(BaseHTTPRequestHandler):
+class SlowHost(WebHost):
     """A host of pictures that answers when the test lets it."""
 
     hold = threading.Event()
 
-    def log_message(self, *_):
-        pass
-
     def do_GET(self):
         if "slow" in self.path:
             self.hold.wait(60)
-        with suppress(OSError):
-            self.send_response(200 if "missing" not in self.path else 404)
-            self.send_header("Content-Length", str(len(SAMPLE)))
-            self.end_headers()
-            self.wfile.write(SAMPLE)
-
-
-class Web(ThreadingHTTPServer):
-    request_queue_size = 128
-    daemon_threads = True
+        self.answer(200 if "missing" not in self.path else 404, SAMPLE)
 
 
 @pytest.fixture
 def pictures() -> Iterator[str]:
     """The address of a running SlowHost, which lets nothing go until the test says so."""
     SlowHost.hold = threading.Event()
-    with Web(("127.0.0.1", 0), SlowHost) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
+    with serve(SlowHost) as address:
+        yield address
         SlowHost.hold.set()
-        server.shutdown()
 
 
 def check_refusals(gateway: Server, ready: int, let_go: Callable[[], object], **slow: Any) -> None:
@@ -739,8 +728,7 @@ def test_several_workers(start_gateway, model_server, arguments):
 @pytest.mark.skipif(
     os.environ.get("SOAK_TESTS") != "1", reason="takes a minute; SOAK_TESTS=1 asks for it"
 )
-def test_ten_thousand_requests(start_gateway, model_server, pictures):
-    closed = f"127.0.0.1:{free_port()}"
+def test_ten_thousand_requests(start_gateway, model_server, pictures, closed):
     gateway = start_gateway(model_server.grpc, ALLOWED_IMAGE_HOSTS=f"{pictures} {closed}")
     link = f"http://{pictures}/"
     kinds: list[tuple[str, dict]] = [

@@ -4,17 +4,14 @@ metrics. Links carry secrets here, which must not appear anywhere."""
 import json
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import requests
-from conftest import ROOT, Server, free_port
+from conftest import ROOT, Server, WebHost, serve
 from prometheus_client.parser import text_string_to_metric_families
 
 SAMPLE = (ROOT / "notebooks/samples/dress.png").read_bytes()
@@ -33,11 +30,8 @@ POLICY = {
 }
 
 
-class PictureHost(BaseHTTPRequestHandler):
+class PictureHost(WebHost):
     """A host of one picture, and of pages that fail in several ways."""
-
-    def log_message(self, *_):
-        pass
 
     def do_GET(self):
         page, _, query = self.path.partition("?")
@@ -52,36 +46,14 @@ class PictureHost(BaseHTTPRequestHandler):
             case "/silent":
                 self.rfile.read(1)
                 return
-        with suppress(OSError):
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-
-class Web(ThreadingHTTPServer):
-    daemon_threads = True
+        self.answer(status, body, **headers)
 
 
 @pytest.fixture(scope="module")
 def pictures() -> Iterator[str]:
     """The address of a running PictureHost."""
-    with Web(("127.0.0.1", 0), PictureHost) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def model_server(start_model_server, tiny_model) -> Server:
-    return start_model_server(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def closed() -> str:
-    """An address where nobody listens."""
-    return f"127.0.0.1:{free_port()}"
+    with serve(PictureHost) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

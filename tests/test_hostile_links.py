@@ -32,12 +32,6 @@ ESTABLISHED = "01"  # as /proc/net/tcp has it
 
 
 @pytest.fixture(scope="module")
-def namespace() -> Iterator[Namespace]:
-    with Namespace() as namespace:
-        yield namespace
-
-
-@pytest.fixture(scope="module")
 def gateway(namespace: Namespace, launch: Callable[..., Server], tiny_model: Path) -> Server:
     """A gateway inside, in an environment full of traps."""
     (namespace.folder / ".netrc").write_text("default login somebody password secret\n")

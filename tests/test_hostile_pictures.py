@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from conftest import ROOT, Server
+from conftest import ROOT, Server, encode, turned
 from PIL import Image, ImageCms, ImageOps
 
 MAX_PIXELS, MAX_BYTES, BOUND = 4_000_000, 10_000_000, 20
@@ -34,12 +34,6 @@ Make = Callable[[], bytes]
 CLASSIFIED: dict[str, Make] = {}  # files whose class must be found
 REFUSED: dict[str, tuple[Make, set[int]]] = {}  # files that must be refused, and how
 EITHER: dict[str, Make] = {}  # files that are broken, but may be read: both are right
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def cut_out(image: Image.Image = SHOES) -> Image.Image:
@@ -204,24 +198,6 @@ CLASSIFIED |= {
 
 # Turned, animated, and with much around them -----------------------------------------------------
 
-UNDO = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-
-
-def turned(kind: str, orientation: int) -> bytes:
-    """The picture as a camera stores it that was held in one of the eight ways."""
-    image = SHOES.transpose(UNDO[orientation]) if orientation in UNDO else SHOES
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encode(image, kind, exif=exif)
-
 
 def jpeg(*segments: bytes, image: Image.Image = SHOES, **options) -> bytes:
     """A JPEG with these segments, each a marker's number and its data, behind its start."""
@@ -260,14 +236,14 @@ def small_in_large_gif() -> bytes:
 
 
 CLASSIFIED |= {
-    **{f"JPEG turned {n}": partial(turned, "JPEG", n) for n in range(1, 9)},
+    **{f"JPEG turned {n}": partial(turned, SHOES, n, "JPEG") for n in range(1, 9)},
     **{
-        f"{k} turned {n}": partial(turned, k, n)
+        f"{k} turned {n}": partial(turned, SHOES, n, k)
         for k in ("PNG", "WEBP", "TIFF", "AVIF")
         for n in (3, 6, 7)
     },
-    "JPEG turned 0": lambda: turned("JPEG", 0),
-    "JPEG turned 9": lambda: turned("JPEG", 9),
+    "JPEG turned 0": lambda: turned(SHOES, 0, "JPEG"),
+    "JPEG turned 9": lambda: turned(SHOES, 9, "JPEG"),
     "JPEG turned by text": lambda: jpeg(exif_data(exif_entry(0x0112, 2, 2, 0x36))),
     "JPEG, EXIF empty": lambda: jpeg(b"\xe1Exif\0\0"),
     "JPEG, EXIF noise": lambda: jpeg(b"\xe1Exif\0\0" + b"noise" * 99),
@@ -524,9 +500,9 @@ def spoil(plain: bytes, seed: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def gateway(start_model_server, start_gateway, clothing_model) -> Server:
+def gateway(start_gateway, clothing_server) -> Server:
     return start_gateway(
-        start_model_server(clothing_model).grpc,
+        clothing_server.grpc,
         IMAGE_MAX_PIXELS=str(MAX_PIXELS),
         IMAGE_MAX_BYTES=str(MAX_BYTES),
     )

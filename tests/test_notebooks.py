@@ -162,6 +162,42 @@ def test_is_committed_with_the_outputs_of_one_clean_run(path: Path) -> None:
     assert node.metadata.kernelspec.name == "python3"
 
 
+def printed(cell: nbformat.NotebookNode) -> str:
+    """What a cell has printed, as far as it is committed."""
+    return "".join(str(output.get("text", "")) for output in cell.outputs)
+
+
+@every_notebook
+def test_functions_that_are_shown_are_those_of_the_files(path: Path) -> None:
+    """Whatever printed them: `inspect.getsource`, `cat`, `read_text()`."""
+    folders = ("model_server", "tfserving", "notebooks", "kube-config", "eks")
+    files = [
+        *ROOT.glob("*.py"),
+        *(file for name in folders for file in (ROOT / name).rglob("*.py")),
+    ]
+    sources = [file.read_text(encoding="utf-8") for file in files]
+    definition = r"^(?:@.+\n)*(?:def|class) \w+.*:\n(?:(?:[ )].*)?\n)*"
+    shown = "\n".join(map(printed, code_cells(path)))
+    found = [text.rstrip() + "\n" for text in re.findall(definition, shown, re.MULTILINE)]
+    assert [text for text in found if not any(text in source for source in sources)] == []
+    if path.name.startswith("04"):
+        names = {re.findall(r"(?:def|class) (\w+)", text)[0] for text in found}
+        assert names >= {"decode", "Lines", "Guard"}
+
+
+@every_notebook
+def test_files_that_are_shown_are_as_they_are(path: Path) -> None:
+    for cell in code_cells(path):
+        commands = re.findall(r"^!((?:cat|sed|grep) [^{$\n]+)$", cell.source, re.MULTILINE)
+        commands += [
+            f"cat {name}"
+            for name in re.findall(r'print\(Path\("([^"]+)"\)\.read_text\(\)\)', cell.source)
+        ]
+        for command in commands:
+            now = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+            assert now.stdout.strip() in printed(cell), command
+
+
 @every_notebook
 def test_shows_figures_and_nothing_of_the_machine(path: Path) -> None:
     assert path.stat().st_size < 200_000

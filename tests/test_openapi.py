@@ -53,13 +53,6 @@ def schemas(part: object) -> Iterator[dict]:
 
 
 @pytest.fixture(scope="module")
-def namespace() -> Iterator[Namespace]:
-    """A place that nothing leaves, for schemathesis makes up links to the whole internet."""
-    with Namespace() as namespace:
-        yield namespace
-
-
-@pytest.fixture(scope="module")
 def gateway(namespace: Namespace, launch: Callable[..., Server], tiny_model: Path) -> Server:
     return namespace.start_gateway(launch, tiny_model, IMAGE_TIMEOUT_SECONDS="1")
 

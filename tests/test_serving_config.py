@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 from conftest import ROOT, Server, eventually
@@ -511,3 +512,16 @@ def test_one_broken_version_leaves_the_others_under_policy_all(
     assert client.predict("second") == (7, 7)
     client.channel.close()
     assert server.stop() == 0
+
+
+def test_threads_of_an_operation_follow_the_environment(
+    tiny_model: Path, start_model_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod learns this way how many of its node's cores it may use."""
+    threads = []
+    for count in ("1", "41"):
+        monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", count)
+        server = start_model_server(tiny_model, model_name="tiny")
+        threads.append(psutil.Process(server.process.pid).num_threads())
+        assert server.stop() == 0
+    assert threads[1] >= threads[0] + 30
