@@ -12,7 +12,8 @@ help:
 	@echo
 	@echo "  make workbook   execute the notebooks, write them as pages to build/workbook/"
 	@echo "                  (some of them: make workbook ONLY=\"02 03\")"
-	@echo "  make test       lint, check types, run every test"
+	@echo "  make test       lint, check types, run every test; where a Docker engine answers, also"
+	@echo "                  those that build images and run containers"
 	@echo "                  (some of them: make test ARGS=\"-k gateway\")"
 	@echo "  make lab        open the notebooks in JupyterLab"
 	@echo "  make serve      model server and gateway, until Ctrl-C"
@@ -34,7 +35,7 @@ workbook: setup
 	@$(PY) -m notebooks.run --only $(ONLY)
 
 test: setup
-	@$(PY) -m pytest -n 3 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n 3 --dist loadgroup $(ARGS)
 
 lab: setup
 	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
@@ -44,7 +45,7 @@ serve: setup
 
 bench: setup
 	@PYTHON="$(PYTHON)" notebooks/setup.sh peers
-	@$(PY) bench/model_server.py $(if $(REQUESTS),--requests $(REQUESTS))
+	@$(PY) -m bench.model_server $(if $(REQUESTS),--requests $(REQUESTS))
 	@$(PY) -m bench.gateway
 
 lock: tools

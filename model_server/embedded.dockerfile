@@ -17,10 +17,10 @@ ARG PIP_INDEX_URL
 ARG PIP_TRUSTED_HOST
 ARG PIPENV=2026.10.3
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIPENV_VENV_IN_PROJECT=1 PIPENV_NOSPIN=1
-RUN python -m venv /opt/pipenv && /opt/pipenv/bin/pip install --quiet "pipenv==${PIPENV}"
+RUN python -m venv /pipenv && /pipenv/bin/pip install --quiet "pipenv==${PIPENV}"
 WORKDIR /app
 COPY Pipfile Pipfile.lock ./
-RUN /opt/pipenv/bin/pipenv --python "$(command -v python3)" sync --categories="model-server"
+RUN /pipenv/bin/pipenv --python "$(command -v python3)" sync --categories="model-server"
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="clothing-model" \

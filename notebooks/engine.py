@@ -2,23 +2,31 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
 from threading import Timer
+from typing import TextIO
 
 SERVING_IMAGE = "tensorflow/serving:2.20.0"
 PROBE_SECONDS = 10.0
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
-def choose_engine(wanted: str = "auto", image: str = SERVING_IMAGE) -> tuple[str, str]:
+def choose_engine(wanted: str = "auto", image: str | None = SERVING_IMAGE) -> tuple[str, str]:
     """Choose what runs TensorFlow Serving, and fetch its Docker image where that is possible.
 
     Args:
         wanted: `auto`, `docker` or `embedded`; for `auto` the environment variable
             `WORKBOOK_ENGINE` decides, where it is set.
-        image: the Docker image that must be on this machine, or be had from its registry.
+        image: the Docker image that must be on this machine, or be had from its registry; None
+            for images that are built here, with any engine that has Compose.
 
     Returns:
         The engine, `docker` or `embedded`, and the reason in one phrase.
@@ -35,7 +43,7 @@ def choose_engine(wanted: str = "auto", image: str = SERVING_IMAGE) -> tuple[str
         return "embedded", "asked for"
     obstacle = docker_obstacle(image)
     if obstacle is None:
-        return "docker", f"a Docker engine answers and has {image}"
+        return "docker", f"a Docker engine answers and has {image or 'Compose'}"
     if wanted == "docker":
         raise RuntimeError(
             f"Docker was asked for, but {obstacle}; mend that, or take WORKBOOK_ENGINE=embedded."
@@ -54,13 +62,16 @@ def require_free_ports(*ports: int) -> None:
                 )
 
 
-def docker_obstacle(image: str) -> str | None:
-    """Say what keeps `image` from running in Docker here, or None when nothing does."""
+def docker_obstacle(image: str | None) -> str | None:
+    """Say what keeps `image` (None: Compose) from running in Docker here, or None: nothing."""
     if shutil.which("docker") is None:
         return "there is no docker command"
     machine = docker("info", "--format", "{{.Architecture}}")
     if not machine:
         return "no Docker engine answers"
+    if image is None:
+        found = shutil.which("docker-compose") or docker("compose", "version")
+        return None if found else "there is no docker-compose command"
     found = docker("image", "inspect", image)
     if not found:
         if MACHINES.get(machine, machine) != "amd64":
@@ -80,6 +91,89 @@ def docker(*arguments: str) -> str:
     except subprocess.TimeoutExpired:
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def wait_for(url: str, seconds: float = 180) -> None:
+    """Poll an address until it answers 200, and print how long that took; or TimeoutError."""
+    start = time.monotonic()
+    while time.monotonic() < start + seconds:
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return print(f"{url} answers after {time.monotonic() - start:.1f} s")
+        time.sleep(0.1)
+    raise TimeoutError(f"{url} was not ready within {seconds:.0f} s")
+
+
+class Shell:
+    """Runs commands where there is an engine; where there is none, it does nothing."""
+
+    def __init__(self, engine: str):
+        self.wanted = engine == "docker"
+
+    def __call__(self, command: str) -> None:
+        """Run a command and print it and what it prints, line by line; or RuntimeError."""
+        if not self.wanted:
+            return
+        print("$", command)
+        words = ["bash", "-o", "pipefail", "-c", command]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(words, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line.rstrip()[:100])
+        if process.returncode:
+            raise RuntimeError(f"This command has failed: {command}")
+
+
+class Processes:
+    """What runs in place of containers where there is no engine; where there is, nothing does."""
+
+    def __init__(self, engine: str, log: TextIO):
+        self.wanted, self.log = engine != "docker", log
+        self.running: dict[str, subprocess.Popen] = {}
+
+    def run(self, name: str, command: str, env: dict[str, str | None] | None = None) -> None:
+        """Run a command, after the one of this name has ended if there is one."""
+        if not self.wanted:
+            return
+        self.end(name)
+        print("$", command)
+        known = os.environ | {name: value or "" for name, value in (env or {}).items()}
+        self.running[name] = subprocess.Popen(
+            shlex.split(command), env=known, stdout=self.log, stderr=self.log
+        )
+
+    def end(self, name: str, kill: bool = False) -> None:
+        """End the process of this name, politely or not, if there is one."""
+        if process := self.running.pop(name, None):
+            process.kill() if kill else process.terminate()
+            process.wait(timeout=60)
+
+
+def command_of(dockerfile: str, changes: dict[str, str]) -> str:
+    """Return what a Dockerfile has in ENTRYPOINT and CMD, with changes for outside a container.
+
+    Raises:
+        KeyError: Something that is to be changed is not in the command.
+    """
+    text = Path(dockerfile).read_text(encoding="utf-8").replace("\\\n", "")
+    lists = re.findall(r"^(?:ENTRYPOINT|CMD) (.*)", text, re.MULTILINE)
+    words = [word for each in lists for word in json.loads(each)]
+    for inside, outside in changes.items():
+        if not any(inside in word for word in words):
+            raise KeyError(f"{inside} is not in {words}")
+        words = [word.replace(inside, outside) for word in words]
+    return shlex.join(words)
+
+
+def remove_containers(name: str) -> None:
+    """Remove all containers and networks whose names begin with `name`, where Docker runs."""
+    if shutil.which("docker") is None:
+        return
+    match = f"--filter=name=^/?{name}[-_]"
+    if containers := docker("container", "ls", "--all", "--quiet", match).split():
+        docker("container", "rm", "--force", "--volumes", *containers)
+    if networks := docker("network", "ls", "--quiet", match).split():
+        docker("network", "rm", *networks)
 
 
 def pull_obstacle(image: str) -> str | None:

@@ -27,10 +27,13 @@ from rich.console import Console
 from rich.table import Table
 from traitlets.config import Config
 
+from notebooks.engine import remove_containers
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "build" / "clothing-model" / "1"
 PORTS = {"GRPC_PORT": 8500, "REST_PORT": 8501, "GATEWAY_PORT": 9696}
 PORTS |= {"BATCHING_GRPC_PORT": 8510, "BATCHING_REST_PORT": 8511}
+PORTS |= {"SECOND_GRPC_PORT": 8520, "SECOND_REST_PORT": 8521, "PICTURES_PORT": 8530}
 MARK = uuid.uuid4().hex
 
 # nbconvert's own page, less the scripts that it would load from elsewhere.
@@ -178,6 +181,9 @@ def execute(notebook: Path, folder: Path, **parameters: object) -> Outcome:
         outcome.outcome, outcome.error = "failed", "the kernel died, perhaps for want of memory"
     finally:
         end_started()
+        if outcome.outcome != "done":  # containers are not processes of ours
+            port = parameters.get("GATEWAY_PORT", PORTS["GATEWAY_PORT"])
+            remove_containers(f"lesson{notebook.name[:2]}-{port}")
         del os.environ["WORKBOOK_RUN"]
     outcome.seconds = time.monotonic() - start
     node = nbformat.read(executed, as_version=4)

@@ -294,6 +294,36 @@ def docker_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no Docker engine answers on this machine")
 
 
+def test_images_that_are_built_here_need_an_engine_with_compose(
+    docker_engine: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert engine.choose_engine("docker", None) == (
+        "docker",
+        "a Docker engine answers and has Compose",
+    )
+    (tmp_path / "docker").symlink_to(shutil.which("docker") or "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    if not engine.docker("compose", "version"):  # of no user, but perhaps of the whole machine
+        assert engine.choose_engine("auto", None) == (
+            "embedded",
+            "there is no docker-compose command",
+        )
+
+
+def test_what_a_cut_lesson_has_left_is_removed_and_nothing_else(docker_engine: None) -> None:
+    mark = f"lesson99-{uuid.uuid4().hex[:8]}"
+    names = {f"{mark}-net", f"{mark}_default", f"{mark}0-net"}
+    try:
+        for name in names:
+            assert engine.docker("network", "create", name)
+        engine.remove_containers(mark)
+        left = engine.docker("network", "ls", "--format={{.Name}}", f"--filter=name={mark}")
+        assert left == f"{mark}0-net"
+    finally:
+        engine.docker("network", "rm", f"{mark}0-net")
+
+
 def test_an_image_that_is_here_runs_in_docker(docker_engine: None) -> None:
     images = engine.docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}").splitlines()
     tagged = [image for image in images if "<none>" not in image]
@@ -317,6 +347,37 @@ def test_a_registry_out_of_reach_is_noticed(
             "embedded",
             f"the registry of {silence} cannot be reached",
         )
+
+
+def test_a_container_s_command_is_read_from_its_dockerfile() -> None:
+    command = engine.command_of("model_server/Dockerfile", {"=8500": "=1234"})
+    assert command.startswith("tensorflow_model_server --port=1234 --rest_api_port=8501 --model_")
+    with pytest.raises(KeyError, match="=1 is not in"):
+        engine.command_of("gateway.dockerfile", {"=1": "=2"})
+
+
+def test_processes_run_in_place_of_containers_only(tmp_path: Path) -> None:
+    wait = f"{sys.executable} -c 'import os, time; print(os.environ[\"NAME\"]); time.sleep(600)'"
+    with (tmp_path / "log").open("w") as log:
+        processes = engine.Processes("embedded", log)
+        engine.Processes("docker", log).run("a", wait)
+        for count, name in enumerate(("first", "second"), 1):
+            processes.run("a", wait, {"NAME": name, "PYTHONUNBUFFERED": "1", "OTHER": None})
+            while (tmp_path / "log").read_text().count("\n") < count:
+                assert processes.running["a"].poll() is None
+        (process,) = processes.running.values()
+        processes.end("a")
+        assert process.returncode == -signal.SIGTERM and not processes.running
+    assert (tmp_path / "log").read_text() == "first\nsecond\n"
+
+
+def test_a_shell_runs_commands_where_there_is_an_engine(capfd: pytest.CaptureFixture[str]) -> None:
+    engine.Shell("embedded")("exit 1")
+    assert capfd.readouterr().out == ""
+    engine.Shell("docker")("echo one && echo two >&2")
+    assert capfd.readouterr().out == "$ echo one && echo two >&2\none\ntwo\n"
+    with pytest.raises(RuntimeError, match=r"^This command has failed: false \| cat$"):
+        engine.Shell("docker")("false | cat")
 
 
 # --- make serve ----------------------------------------------------------------------------------

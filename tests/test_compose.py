@@ -1,4 +1,4 @@
-"""docker-compose.yaml and the monitoring beside it: read by Compose, and really run."""
+"""docker-compose.yaml and the monitoring beside it, read; tests/test_containers.py runs them."""
 
 import json
 import os
@@ -6,20 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 import yaml
-from conftest import CLASSES, ROOT, SAMPLES, eventually, free_port
-from test_images import build, classify, docker, embedded_image, gateway_image
-
-__all__ = ["build", "embedded_image", "gateway_image"]  # fixtures
+from conftest import ROOT, SAMPLES
 
 MONITORING = ROOT / "monitoring"
 DASHBOARD = json.loads((MONITORING / "dashboards/clothing.json").read_text())
@@ -161,8 +154,9 @@ def test_the_dashboard_shows_what_the_servers_count(
         f"--monitoring_config_file={ROOT / 'model_server/monitoring.config'}",
     )
     gateway = start_gateway(model_server.grpc)
-    assert classify(gateway.http, SAMPLES[0].read_bytes()).ok
-    assert not classify(gateway.http, b"no picture").ok
+    for picture, is_one in ((SAMPLES[0].read_bytes(), True), (b"no picture", False)):
+        answer = requests.post(f"{gateway.http}/predict", files={"file": picture}, timeout=60)
+        assert answer.ok == is_one
     pages = [
         requests.get(url, timeout=60).text
         for url in (
@@ -180,168 +174,3 @@ def test_the_dashboard_shows_what_the_servers_count(
             by = re.findall(r"by \((.*?)\)", target["expr"])
             used = {label for each in by for label in each.split(", ")} - {"instance"}
             assert used <= labels, target["expr"]
-
-
-# --- Really run ----------------------------------------------------------------------------------
-
-
-class Stack:
-    """A Compose project with names and ports of its own, and a host of pictures beside it."""
-
-    def __init__(self, compose: list[str], images: dict[str, str], folder: Path):
-        self.project, self.port = f"test-{uuid.uuid4().hex[:8]}", free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        pictures = {
-            "image": images["gateway"],
-            "command": ["python", "-m", "http.server", "8000", "--directory", "website/static"],
-            "healthcheck": {"disable": True},
-            "init": True,
-        }
-        services = {name: {"image": image} for name, image in images.items()}
-        override = {"services": {**services, "pictures": pictures}}
-        (folder / "override.yaml").write_text(json.dumps(override))
-        self.compose = compose
-        self.env = {
-            **os.environ,
-            "COMPOSE_PROJECT_NAME": self.project,
-            "COMPOSE_FILE": f"{ROOT / 'docker-compose.yaml'}:{folder / 'override.yaml'}",
-            "MODEL_SERVER": "embedded",
-            "GATEWAY_PORT": str(self.port),
-            "ALLOWED_IMAGE_HOSTS": "pictures:8000",
-        }
-
-    def run(self, *arguments: str, seconds: float = 120) -> str:
-        done = subprocess.run(
-            [*self.compose, *arguments],
-            cwd=ROOT,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.strip()
-
-    def containers(self, service: str) -> list[dict[str, Any]]:
-        """What ``ps`` says of the running containers of a service."""
-        lines = self.run("ps", "--format", "json", service).splitlines()
-        return sorted((json.loads(line) for line in lines), key=lambda each: each["Name"])
-
-    def requests_of(self, container: str) -> int:
-        """How many requests a model server has counted."""
-        read = "import urllib.request as u; print(u.urlopen('{}').read().decode())"
-        url = "http://127.0.0.1:8501/monitoring/prometheus/metrics"
-        page = docker("exec", container, "python", "-c", read.format(url))
-        counts = re.findall(r"^:tensorflow:serving:request_count{.*} (\d+)$", page, re.MULTILINE)
-        return sum(map(int, counts))
-
-    def left(self) -> list[str]:
-        """The names of all containers, networks and volumes of the project."""
-        label = f"--filter=label=com.docker.compose.project={self.project}"
-        found = [docker("ps", "--all", "--quiet", label)]
-        found += [docker(kind, "ls", "--quiet", label) for kind in ("network", "volume")]
-        return " ".join(found).split()
-
-
-@pytest.fixture(scope="module")
-def stack(
-    compose: list[str],
-    gateway_image: str,
-    embedded_image: str,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Stack]:
-    images = {"gateway": gateway_image, "model-server": embedded_image}
-    stack = Stack(compose, images, tmp_path_factory.mktemp("compose"))
-    try:
-        stack.run("up", "--detach", "--build", "--wait", seconds=600)
-        yield stack
-    finally:
-        stack.run("down", "--volumes")
-
-
-@pytest.mark.docker
-def test_what_waited_for_health_predicts_at_once(stack: Stack) -> None:
-    for service in ("gateway", "model-server"):
-        (container,) = stack.containers(service)
-        assert container["Health"] == "healthy"
-    for path, name in zip(SAMPLES, CLASSES, strict=True):
-        assert classify(stack.url, path.read_bytes()).json()["top_class"] == name
-
-
-@pytest.mark.docker
-def test_links_work_to_allowed_hosts_only(stack: Stack) -> None:
-    def ask(url: str) -> requests.Response:
-        return requests.post(f"{stack.url}/predict", json={"url": url}, timeout=60)
-
-    answer = ask("http://pictures:8000/samples/dress.webp")
-    assert answer.json()["top_class"] == "dress" and "fetch" in answer.json()["seconds"]
-    refused = ask("http://model-server:8501/v1/models/clothing-model")
-    assert refused.status_code == 400 and refused.json()["type"].endswith(":link-blocked")
-
-
-@pytest.mark.docker
-def test_a_request_is_found_in_the_logs(stack: Stack) -> None:
-    mark = uuid.uuid4().hex
-    assert classify(stack.url, SAMPLES[0].read_bytes(), headers={"X-Request-ID": mark}).ok
-    eventually(lambda: mark in stack.run("logs", "gateway"), "the log has the request")
-    assert "gRPC API is open" in stack.run("logs", "model-server")
-
-
-@pytest.mark.docker
-def test_two_model_servers_share_the_work_and_one_may_fall(stack: Stack) -> None:
-    stack.run("up", "--detach", "--no-build", "--wait", "--scale=model-server=2")
-    names = [each["Name"] for each in stack.containers("model-server")]
-    assert len(names) == 2
-    picture = SAMPLES[0].read_bytes()
-
-    def counts() -> list[int]:
-        return [stack.requests_of(name) for name in names]
-
-    def second_is_asked() -> bool:
-        assert classify(stack.url, picture).ok
-        return stack.requests_of(names[1]) > 0
-
-    # The gateway looks the name up again when a connection has reached its greatest age.
-    eventually(second_is_asked, "the second model server gets requests", seconds=90)
-    before = counts()
-    for _ in range(60):
-        assert classify(stack.url, picture).ok
-    shares = [now - then for now, then in zip(counts(), before, strict=True)]
-    assert sum(shares) == 60 and min(shares) >= 20
-
-    statuses: list[int] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        while not done.is_set():
-            statuses.append(classify(stack.url, picture).status_code)
-
-    def restarts() -> str:
-        return docker("inspect", "--format={{.RestartCount}} {{.State.Health.Status}}", names[0])
-
-    with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(ask) for _ in range(4)]
-        try:
-            eventually(lambda: len(statuses) > 20, "answers come")
-            crash = ["docker", "exec", names[0], "bash", "-c", "kill -9 -1"]
-            subprocess.run(crash, capture_output=True, timeout=60)
-            asked = len(statuses)
-            eventually(lambda: restarts() == "1 healthy", "it is started again", seconds=120)
-            assert len(statuses) > asked
-        finally:
-            done.set()
-        for job in jobs:
-            job.result()
-    assert {*statuses} == {200}
-
-
-@pytest.mark.docker
-def test_one_command_leaves_nothing(stack: Stack) -> None:
-    names = stack.run("ps", "--format={{.Name}}", "gateway", "model-server").splitlines()
-    stack.run("stop")
-    codes = {docker("inspect", "--format={{.State.ExitCode}}", name) for name in names}
-    assert codes == {"0"}, "somebody was not asked to end, but killed"
-    assert len(stack.left()) >= len(names) + 2
-    stack.run("down")
-    assert stack.left() == []
-    assert docker("ps", "--all", "--quiet", f"--filter=name={stack.project}") == ""

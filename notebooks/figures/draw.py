@@ -13,7 +13,7 @@ BOXES = {
     "gateway": (290, 150, "gateway", "Flask, NumPy", "CPU"),
     "server": (530, 150, "model server", "TF Serving API", "CPU or GPU"),
     "saved_model": (733, 130, "SavedModel", "clothing-model/1", ""),
-    "keras": (934, 136, "Keras model", ".keras file", ""),
+    "keras": (940, 124, "Keras model", ".keras file", ""),
 }
 # From, to, label above, label below.
 ARROWS = {
@@ -22,12 +22,39 @@ ARROWS = {
     "load": ("server", "saved_model", "loads", ""),
     "export": ("keras", "saved_model", "exports", ""),
 }
-LESSONS = {
-    "system": [],
-    "01": ["keras", "export", "saved_model"],
-    "02": ["server", "load"],
-    "03": ["grpc"],
-    "04": ["gateway", "http"],
+# What is marked in a lesson's picture, and what is drawn around boxes, from the inside to the
+# outside: a frame's title, and whom it holds. Frames that share a box lie inside one another.
+Frame = tuple[str, list[str]]
+LESSONS: dict[str, tuple[list[str], list[Frame]]] = {
+    "system": ([], []),
+    "01": (["keras", "export", "saved_model"], []),
+    "02": (["server", "load"], []),
+    "03": (["grpc"], []),
+    "04": (["gateway", "http"], []),
+    "05": (
+        ["gateway", "grpc", "server", "saved_model"],
+        [
+            ("container", ["gateway"]),
+            ("container", ["server", "saved_model"]),
+            ("one network", ["gateway", "server", "saved_model"]),
+        ],
+    ),
+    "07": (
+        ["gateway", "grpc", "server", "saved_model"],
+        [
+            ("pod", ["gateway"]),
+            ("pod", ["server", "saved_model"]),
+            ("namespace clothes", ["gateway", "server", "saved_model"]),
+        ],
+    ),
+    "09": (
+        ["http", "gateway", "grpc", "server", "saved_model"],
+        [
+            ("pods", ["gateway"]),
+            ("pods", ["server", "saved_model"]),
+            ("Amazon EKS", ["gateway", "server", "saved_model"]),
+        ],
+    ),
 }
 TOP, HEIGHT = 34, 84
 INK, QUIET, PAPER, MARK, MARKED = "#1f2937", "#6b7280", "#ffffff", "#c2410c", "#ffedd5"
@@ -65,17 +92,40 @@ def arrow(name: str, marked: bool) -> str:
     )
 
 
-def system(marked: list[str]) -> str:
-    """The whole picture as SVG, with the parts named in ``marked`` in orange."""
+def frame(title: str, names: list[str], level: int) -> str:
+    """A dashed line around some boxes, its title on top; level 1 is the closest to them."""
+    left = min(BOXES[name][0] - BOXES[name][1] / 2 for name in names) - 7 * level
+    right = max(BOXES[name][0] + BOXES[name][1] / 2 for name in names) + 7 * level
+    top, height = TOP - 26 * level, HEIGHT + (26 + 7) * level
+    return (
+        f'<rect x="{left}" y="{top}" width="{right - left}" height="{height}" rx="12" '
+        f'fill="none" stroke="{MARK}" stroke-width="1.5" stroke-dasharray="6 4"/>'
+        f'<text x="{left + 12}" y="{top + 18}" font-size="13" text-anchor="start" '
+        f'fill="{MARK}">{title}</text>'
+    )
+
+
+def system(lesson: tuple[list[str], list[Frame]]) -> str:
+    """The whole picture as SVG, with a lesson's parts in orange, and its frames."""
+    marked, frames = lesson
     parts = [arrow(name, name in marked) for name in ARROWS]
     parts += [box(name, name in marked) for name in BOXES]
+    levels: dict[str, int] = dict.fromkeys(BOXES, 0)
+    for title, names in frames:
+        level = 1 + max(levels[name] for name in names)
+        levels |= dict.fromkeys(names, level)
+        parts.append(frame(title, names, level))
+    outermost = max(levels.values())
+    above, below = 26 * max(outermost - 1, 0), 7 * max(outermost - 3, 0)
+    height = 152 + above + below
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1020 152" width="1020" height="152" '
-        'font-family="system-ui, sans-serif" font-size="16" text-anchor="middle">'
-        f'<rect width="1020" height="152" rx="8" fill="{PAPER}"/>' + "".join(parts) + "</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-above} 1020 {height}" width="1020" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="16" '
+        f'text-anchor="middle"><rect y="{-above}" width="1020" height="{height}" rx="8" '
+        f'fill="{PAPER}"/>' + "".join(parts) + "</svg>\n"
     )
 
 
 if __name__ == "__main__":
-    for lesson, parts_marked in LESSONS.items():
-        Path(__file__).with_name(f"{lesson}.svg").write_text(system(parts_marked))
+    for name, lesson in LESSONS.items():
+        Path(__file__).with_name(f"{name}.svg").write_text(system(lesson))

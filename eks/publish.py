@@ -1,0 +1,214 @@
+"""Publish the images to ECR and write the overlay that runs them: ``python -m eks.publish``."""
+
+import argparse
+import ipaddress
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eks.account import ROOT, Cluster, Problem, connect, reported
+from eks.images import inspect, logged_in, push
+
+SERVICE = "gateway"
+IMAGES = ["clothing-gateway:001", "clothing-model:001"]
+GPU_IMAGES = ["clothing-gateway:001", "clothing-model:001-gpu"]
+LIFECYCLE = {
+    "rules": [
+        {
+            "rulePriority": 1,
+            "description": "Keep the ten newest images",
+            "selection": {
+                "tagStatus": "any",
+                "countType": "imageCountMoreThan",
+                "countNumber": 10,
+            },
+            "action": {"type": "expire"},
+        }
+    ]
+}
+MANIFESTS = [
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.oci.image.index.v1+json",
+]
+
+
+class Image:
+    """A local image, such as clothing-model:001, and what it is in the registry."""
+
+    def __init__(self, reference: str, cluster: Cluster):
+        self.reference = reference
+        self.name, _, self.tag = reference.partition(":")
+        if not self.tag:
+            raise Problem(f"{reference} has no tag: write {reference}:001, for example.")
+        self.repository = f"{cluster.project}/{self.name}"
+        self.address = ""
+        self.id: str | None = None
+        self.digest: str | None = None
+
+
+def ensure_repository(ecr: Any, cluster: Cluster, name: str, dry_run: bool) -> str:
+    """Create a repository, or check that the one which exists is ours and as we want it.
+
+    Returns:
+        Its address, without a tag; nothing where a dry run finds none.
+
+    Raises:
+        Problem: it belongs to somebody else, or has other settings.
+    """
+    wanted = {
+        "imageTagMutability": "IMMUTABLE",
+        "imageScanningConfiguration": {"scanOnPush": True},
+    }
+    try:
+        (found,) = ecr.describe_repositories(repositoryNames=[name])["repositories"]
+    except ecr.exceptions.RepositoryNotFoundException:
+        if dry_run:
+            print(f"would create the repository {name}")
+            return ""
+        ours = [{"Key": key, "Value": value} for key, value in cluster.tags.items()]
+        found = ecr.create_repository(repositoryName=name, tags=ours, **wanted)["repository"]
+        print(f"repository {name} made")
+    arn = found["repositoryArn"]
+    tags = {tag["Key"]: tag["Value"] for tag in ecr.list_tags_for_resource(resourceArn=arn)["tags"]}
+    if not cluster.owns(tags):
+        raise Problem(
+            f"The repository {name} exists and is not ours, it has no tag project="
+            f"{cluster.project}: give ours another name in metadata.tags of eks/cluster.yaml."
+        )
+    other = [
+        f"{key} is {found[key]}, not {wanted[key]}" for key in wanted if found[key] != wanted[key]
+    ]
+    try:
+        text = ecr.get_lifecycle_policy(repositoryName=name)["lifecyclePolicyText"]
+        if json.loads(text) != LIFECYCLE:
+            other.append("its lifecycle rule is another one")
+    except ecr.exceptions.LifecyclePolicyNotFoundException:
+        # A new repository, or one whose making was interrupted.
+        if not other and not dry_run:
+            ecr.put_lifecycle_policy(repositoryName=name, lifecyclePolicyText=json.dumps(LIFECYCLE))
+    if other:
+        raise Problem(
+            f"The repository {name} exists with other settings ({'; '.join(other)}): change them "
+            "back, or delete it."
+        )
+    return found["repositoryUri"]
+
+
+def published(ecr: Any, image: Image) -> str | None:
+    """Return the digest of what the repository has under the image's tag, or None.
+
+    Raises:
+        Problem: it is another image than the local one, and tags are immutable.
+    """
+    answer = ecr.batch_get_image(
+        repositoryName=image.repository,
+        imageIds=[{"imageTag": image.tag}],
+        acceptedMediaTypes=MANIFESTS,
+    )
+    for found in answer["images"]:
+        digest = found["imageId"]["imageDigest"]
+        configuration = json.loads(found["imageManifest"]).get("config", {}).get("digest")
+        # Engines name an image by its configuration or, with the containerd store, its manifest.
+        if image.id in (None, digest, configuration):
+            return digest
+        raise Problem(
+            f"{image.repository} has another image under the tag {image.tag} already, and tags are "
+            "immutable: build yours under a new one."
+        )
+    return None
+
+
+def write_overlay(folder: Path, images: list[Image], allowed: list[str], gpu: bool) -> None:
+    """Write the overlay, with the names that images have in one account, where git ignores it.
+
+    Args:
+        folder: where its kustomization.yaml goes.
+        images: by digest, or by tag where there is none.
+        allowed: the networks that may use the load balancer; none leaves it closed.
+        gpu: whether it lies over eks/gpu instead of eks.
+    """
+    base = ROOT / "eks/gpu" if gpu else ROOT / "eks"
+    folder.mkdir(parents=True, exist_ok=True)
+    overlay: dict[str, Any] = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(base, folder.resolve())],
+        "images": [
+            {"name": image.name, "newName": image.address}
+            | ({"digest": image.digest} if image.digest else {"newTag": image.tag})
+            for image in images
+        ],
+    }
+    if allowed:
+        change = {"op": "replace", "path": "/spec/loadBalancerSourceRanges", "value": allowed}
+        target = {"kind": "Service", "name": SERVICE}
+        overlay["patches"] = [{"target": target, "patch": json.dumps([change])}]
+    draft = folder / "kustomization.draft"
+    draft.write_text(yaml.safe_dump(overlay, sort_keys=False))
+    draft.replace(folder / "kustomization.yaml")
+    print(f"overlay written: kubectl apply -k {os.path.relpath(folder, ROOT)}")
+    everybody = "0.0.0.0/0" in allowed
+    admitted = "everybody" if everybody else ", ".join(allowed) or "nobody: give --allow"
+    print(f"the load balancer will admit {admitted}")
+
+
+def main() -> int:
+    """Create repositories, push images, write the overlay."""
+    parser = argparse.ArgumentParser(prog="python -m eks.publish", description=__doc__)
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMAGE:TAG", help=f"default: {' '.join(IMAGES)}")
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="CIDR",
+        type=ipaddress.IPv4Network,
+        help="who may use the load balancer, for example 203.0.113.7/32; without: nobody",
+    )
+    add("--gpu", action="store_true", help="let the model server run on the GPU nodes")
+    add("--account", help="refuse to work in any other account")
+    add("--registry", metavar="HOST:PORT", help="push to a registry here instead of ECR's")
+    add("--no-push", action="store_true", help="only make the repositories and the overlay")
+    add("--overlay", type=Path, default=ROOT / "build/eks", metavar="FOLDER", help="%(default)s")
+    add("--dry-run", action="store_true", help="look, and say what would be done")
+    args = parser.parse_args()
+
+    if args.registry and not args.registry.startswith(("127.0.0.1:", "localhost:")):
+        raise Problem("--registry is for rehearsals on this machine: 127.0.0.1:PORT.")
+    cluster = Cluster.read()
+    references = args.images or (GPU_IMAGES if args.gpu else IMAGES)
+    images = [Image(reference, cluster) for reference in references]
+    if not args.no_push:
+        for image in images:
+            image.id = inspect(image.reference, cluster)
+    ecr = connect(cluster, args.account)("ecr")
+    for image in images:
+        image.address = ensure_repository(ecr, cluster, image.repository, args.dry_run)
+        image.digest = published(ecr, image) if image.address else None
+        if args.registry:
+            image.address = f"{args.registry}/{image.repository}"
+    missing = [] if args.no_push else [image for image in images if not image.digest]
+    if args.dry_run:
+        for image in missing:
+            print(f"would push {image.reference}")
+        print("would write the overlay")
+        return 0
+    if missing:
+        (given,) = ecr.get_authorization_token()["authorizationData"]
+        registry = missing[0].address.partition("/")[0]
+        with logged_in(registry, given["authorizationToken"]) as env:
+            for image in missing:
+                image.digest = push(image.reference, f"{image.address}:{image.tag}", env)
+    for image in images:
+        print(f"{image.reference} {image.digest or 'is not in the registry yet'}")
+    write_overlay(args.overlay, images, [str(network) for network in args.allow], args.gpu)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(reported(main))

@@ -1,0 +1,215 @@
+"""Which cluster runs the pods here: a Kubernetes one, or none, and then what rehearses them.
+
+The lessons have a cluster of their own: Kind's, named `clothes`, whose access data stands in
+`build/kubeconfig` and nowhere else. Another cluster is used only when WORKBOOK_CONTEXT names its
+context; yours in ~/.kube/config, its current context above all, is neither read nor changed.
+"""
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from notebooks.engine import MACHINES, PROBE_SECONDS, docker, pull_obstacle
+
+NAME = "clothes"
+KUBECONFIG = Path("build/kubeconfig")
+KIND_CONFIG = Path("kube-config/kind/cluster.yaml")
+KIND_VERSION = "v0.33.0"
+KIND_SHA256 = {
+    "linux-amd64": "aee6151561422756b764a4ae28e7f44cda5af5a9eead3cc9985112b1de8d8e0d",
+    "linux-arm64": "20022bee6cfcd5086cb7234d218e3454e6090022f2a8f55d1fa7fcf42c3867a2",
+    "darwin-amd64": "5a99f26f57246dc9319dd294803313197a0f34d33c525b3ea8b655db5916ece0",
+    "darwin-arm64": "0c8c7dbe5e23594a198b786c4bc13dacc101fa6196b0cb0b23a1ca44e61f4b4f",
+}
+KIND_URL = "https://kind.sigs.k8s.io/dl"
+
+
+class Cluster(NamedTuple):
+    """What runs the pods: `kubernetes`, or a rehearsal as containers (`docker`) or processes.
+
+    `kubectl` is the command with the options that name the cluster; `created` says whether
+    `choose_cluster` has made it.
+    """
+
+    engine: str
+    why: str
+    kubectl: str = "kubectl"
+    created: bool = False
+
+
+def choose_cluster(
+    wanted: str = "auto", images: tuple[str, ...] = (), namespace: str = ""
+) -> Cluster:
+    """Choose what runs the pods, and create the lessons' own cluster where that is possible.
+
+    Args:
+        wanted: `auto`, `docker` (Kind, or a rehearsal as containers) or `embedded` (a rehearsal as
+            processes); for `auto` the environment variable `WORKBOOK_ENGINE` decides, if it is set.
+        images: the pods' images. Docker must have them, for a cluster and for containers alike.
+        namespace: where kubectl's commands shall work; nobody else's, for it is deleted in the end.
+
+    Raises:
+        ValueError: `wanted` is none of the three.
+        RuntimeError: Docker, or the cluster of WORKBOOK_CONTEXT, was asked for and cannot be used;
+            or the namespace is not this workbook's.
+    """
+    if wanted == "auto":
+        wanted = os.environ.get("WORKBOOK_ENGINE") or "auto"
+    if wanted not in ("auto", "docker", "embedded"):
+        raise ValueError(f"WORKBOOK_ENGINE is {wanted!r}: choose auto, docker or embedded.")
+    context = os.environ.get("WORKBOOK_CONTEXT", "")
+    if wanted == "embedded":
+        return Cluster("embedded", "asked for")
+    if context:
+        kubectl = f"kubectl --context {shlex.quote(context)}"
+        if not answers(kubectl):
+            raise RuntimeError(
+                f"WORKBOOK_CONTEXT names the cluster {context}, which does not answer:"
+                f" see what {kubectl} cluster-info says, or unset WORKBOOK_CONTEXT."
+            )
+        named = Cluster("kubernetes", f"WORKBOOK_CONTEXT names {context}", kubectl)
+        return within(namespace, named)
+    obstacle = images_obstacle(images)
+    if obstacle and wanted == "docker":
+        raise RuntimeError(
+            f"Docker was asked for, but {obstacle}; mend that, or take WORKBOOK_ENGINE=embedded."
+        )
+    if obstacle:
+        return Cluster("embedded", f"no cluster, and {obstacle}")
+    own = own_cluster()
+    if isinstance(own, str):
+        return Cluster("docker", f"no cluster: {own}")
+    return within(namespace, own)
+
+
+def within(namespace: str, cluster: Cluster) -> Cluster:
+    """Have kubectl work in a namespace, which may exist only if it is the lessons' own."""
+    if not namespace:
+        return cluster
+    words = [*shlex.split(cluster.kubectl), "get", "namespace", namespace, "--ignore-not-found"]
+    words.append("--output=go-template={{.metadata.labels}}")
+    labels = subprocess.run(words, capture_output=True, text=True).stdout
+    if labels and f"app.kubernetes.io/part-of:{namespace}" not in labels:
+        raise RuntimeError(
+            f"The cluster has a namespace {namespace} that is not this workbook's:"
+            " name another cluster with WORKBOOK_CONTEXT."
+        )
+    return cluster._replace(kubectl=f"{cluster.kubectl} --namespace {namespace}")
+
+
+def images_obstacle(images: tuple[str, ...]) -> str | None:
+    """Say why Docker cannot run these images, or None when it can."""
+    if not docker_answers():
+        return "no Docker engine answers"
+    missing = [image for image in images if not docker("image", "inspect", image)]
+    return f"{' and '.join(missing)} could not be built" if missing else None
+
+
+def docker_answers(wanted: str = "auto") -> bool:
+    """Say whether there is a Docker engine, and its use has not been forbidden."""
+    if "embedded" in (wanted, wanted == "auto" and os.environ.get("WORKBOOK_ENGINE")):
+        return False
+    return bool(shutil.which("docker") and docker("info", "--format", "{{.ServerVersion}}"))
+
+
+def answers(kubectl: str) -> bool:
+    """Say whether a cluster's API answers, and lets us in."""
+    words = [*shlex.split(kubectl), "get", "namespaces", "--request-timeout=10s"]
+    done = subprocess.run(words, capture_output=True, timeout=6 * PROBE_SECONDS)
+    return done.returncode == 0
+
+
+def own_cluster() -> Cluster | str:
+    """Return the lessons' cluster, which is created if need be, or say why there is none."""
+    kubectl = f"kubectl --kubeconfig {KUBECONFIG} --context kind-{NAME}"
+    obstacle = kind_obstacle()
+    if obstacle:
+        return obstacle
+    KUBECONFIG.parent.mkdir(exist_ok=True)
+    if NAME in kind("get", "clusters").stdout.split():
+        kind("export", "kubeconfig", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
+        if answers(kubectl):
+            return Cluster("kubernetes", f"the Kind cluster {NAME} was there", kubectl)
+        return f"that of Kind does not answer: kind delete cluster --name {NAME}"
+    image = node_image()
+    if not docker("image", "inspect", image) and (obstacle := pull_obstacle(image)):
+        return obstacle
+    print(f"creating the Kind cluster {NAME}, a minute or two", flush=True)
+    options = [f"--name={NAME}", f"--config={KIND_CONFIG}", f"--kubeconfig={KUBECONFIG}"]
+    done = kind("create", "cluster", *options, "--wait=5m")
+    if done.returncode or not answers(kubectl):
+        kind("delete", "cluster", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
+        said = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no answer")
+        return f"Kind could not create one ({said.removeprefix('ERROR: ')})"
+    return Cluster("kubernetes", f"Kind has created {NAME}", kubectl, created=True)
+
+
+def node_image() -> str:
+    """Return the image of the cluster's node, as Kind's configuration names it."""
+    lines = (line.split() for line in KIND_CONFIG.read_text().splitlines())
+    return next(words[1] for words in lines if words[:1] == ["image:"])
+
+
+def kind(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Kind."""
+    return subprocess.run(["kind", *arguments], capture_output=True, text=True)
+
+
+def kind_obstacle() -> str | None:
+    """See to it that there is a `kind` command, or say why there is none.
+
+    The pinned version is taken: from PATH, or from its makers if its checksum is right. It is put
+    beside this environment's Python, where kubectl is, too.
+    """
+    if shutil.which("kind") and KIND_VERSION in kind("version").stdout:
+        return None
+    system = platform.system().lower()
+    machine = platform.machine().lower()
+    machine = f"{system}-{MACHINES.get(machine, machine)}"
+    if machine not in KIND_SHA256:
+        return f"Kind is not made for {machine}"
+    try:
+        url = f"{KIND_URL}/{KIND_VERSION}/kind-{machine}"
+        with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as answer:
+            program = answer.read()
+    except OSError:
+        return f"there is no kind {KIND_VERSION}, and it cannot be downloaded"
+    if hashlib.sha256(program).hexdigest() != KIND_SHA256[machine]:
+        return (
+            f"the kind {KIND_VERSION} that was downloaded has a wrong checksum, and was thrown away"
+        )
+    target = Path(sys.executable).parent / "kind"
+    target.with_suffix(".new").write_bytes(program)
+    target.with_suffix(".new").chmod(0o755)
+    target.with_suffix(".new").rename(target)
+    return None
+
+
+def load_command(image: str) -> str:
+    """Return the shell command that brings an image of this Docker into the cluster.
+
+    IMAGE_LOADER is such a command without the image, for example `minikube image load`. By default
+    it is Kind's; where Docker keeps images as containerd does, Kind takes them from a file only.
+
+    Raises:
+        RuntimeError: WORKBOOK_CONTEXT names a cluster, and IMAGE_LOADER does not say how.
+    """
+    if loader := os.environ.get("IMAGE_LOADER"):
+        return f"{loader} {image}"
+    if context := os.environ.get("WORKBOOK_CONTEXT"):
+        raise RuntimeError(
+            f"Say with IMAGE_LOADER how an image gets into {context}, for example"
+            f" IMAGE_LOADER='minikube image load' or 'k3d image import --cluster NAME'."
+        )
+    if "io.containerd.snapshotter" in docker("info", "--format", "{{.DriverStatus}}"):
+        archive = f"build/{image.replace(':', '-')}.tar"
+        load = f"kind load image-archive --name {NAME} {archive}"
+        return f"docker save --output {archive} {image} && {load} && rm {archive}"
+    return f"kind load docker-image --name {NAME} {image}"

@@ -1,0 +1,568 @@
+"""Images and containers of both tiers: built, run, limited, stopped, killed, and removed.
+
+They are in one file so that one worker of pytest-xdist runs them all (`--dist loadgroup`) and
+builds each image once. Each test runs five containers at most, and removes them.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import nbformat
+import numpy as np
+import pytest
+import requests
+from conftest import CLASSES, ROOT, SAMPLES, encode, eventually, free_port
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+from test_compose import compose
+from test_images import (
+    DOCKERFILES,
+    EMBEDDED,
+    GATEWAY,
+    HARDENED,
+    SERVING,
+    STATUS,
+    answer,
+    build,
+    container,
+    docker,
+    inspect,
+    stop,
+    wait_for,
+)
+
+import tfserving
+from notebooks.engine import SERVING_IMAGE, choose_engine, docker_obstacle, remove_containers
+
+__all__ = ["build", "compose"]  # fixtures
+
+pytestmark = pytest.mark.docker
+chosen, why = choose_engine("auto", image=None)
+if chosen != "docker":
+    pytest.skip(f"no container is run: {why}", allow_module_level=True)
+
+
+def classify(url: str, picture: bytes, **options) -> requests.Response:
+    return requests.post(f"{url}/predict", files={"file": picture}, timeout=60, **options)
+
+
+# --- The images ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def gateway_image(build: Callable[..., str]) -> str:
+    return build("clothing-gateway", GATEWAY)
+
+
+@pytest.fixture(scope="session")
+def embedded_image(build: Callable[..., str], request: pytest.FixtureRequest) -> str:
+    if not (ROOT / "build/clothing-model/1").exists():
+        model = request.getfixturevalue("clothing_model")
+        shutil.copytree(model, ROOT / "build/clothing-model", dirs_exist_ok=True)
+    return build("clothing-model", EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def network(build: Callable[..., str]) -> Iterator[str]:
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    docker("network", "create", name)
+    yield name
+    docker("network", "rm", name)
+
+
+@pytest.fixture(scope="session")
+def model_server(embedded_image: str, network: str) -> Iterator[str]:
+    """A model server that containers on the network know as ``model``."""
+    place = [f"--network={network}", "--network-alias=model", "--publish=127.0.0.1::8501"]
+    with container(*place, embedded_image) as name:
+        wait_for(name, f"http://{docker('port', name, '8501')}{STATUS}", b"AVAILABLE")
+        yield name
+
+
+@pytest.fixture
+def start_gateway_container(gateway_image: str, model_server: str, network: str):
+    """Run the gateway with these options until the test is over; give its name and address."""
+
+    @contextmanager
+    def start(*options: str) -> Iterator[tuple[str, str]]:
+        port = free_port()
+        place = [f"--network={network}", f"--publish=127.0.0.1:{port}:9696"]
+        with container(*place, "--env=TF_SERVING_HOST=model:8500", *options, gateway_image) as name:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(name, f"{url}/readyz")
+            yield name, url
+
+    return start
+
+
+def test_the_embedded_image_serves_unprivileged_and_read_only(embedded_image: str) -> None:
+    port = free_port()
+    publish = f"--publish=127.0.0.1:{port}:8501"
+    with container(*HARDENED, "--tmpfs=/tmp", publish, embedded_image) as name:
+        wait_for(name, f"http://127.0.0.1:{port}{STATUS}", b"AVAILABLE")
+        assert docker("exec", name, "id", "-u") == "10001"
+        assert stop(name) == "0"
+
+
+def test_the_context_holds_only_what_the_images_copy(
+    build: Callable[..., str], tmp_path: Path
+) -> None:
+    dockerfile = tmp_path / "Dockerfile"
+    dockerfile.write_text("FROM python:3.11-slim\nCOPY . /context\n")
+    image = build("context", str(dockerfile))
+    found = docker("run", "--rm", image, "find", "/context", "-type", "f").splitlines()
+    names = {file.removeprefix("/context/").split("/")[0] for file in found}
+    assert names == {
+        *("Pipfile", "Pipfile.lock", "gateway.py", "pictures.py", "gunicorn.conf.py"),
+        *("tfserving", "website", "model_server", "build"),
+    }
+    assert not [file for file in found if "__pycache__" in file or file.endswith(".keras")]
+    size = docker("run", "--rm", image, "du", "-s", "--block-size=1MB", "/context")
+    assert int(size.split()[0]) <= 20
+
+
+def test_the_gateway_image_is_small_and_holds_no_more_than_it_needs(gateway_image: str) -> None:
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        words = ["docker", "run", "--rm", "--network=none", gateway_image, *command]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+    packages = "/app/.venv/lib/python3.11/site-packages"
+    assert (
+        int(run("du", "-s", "--apparent-size", "--block-size=1MB", packages).stdout.split()[0])
+        <= 140
+    )
+    for module in ("tensorflow", "pip", "setuptools", "pipenv"):
+        assert "No module named" in run("python", "-c", f"import {module}").stderr
+    base = run("/usr/bin/env", "PATH=/usr/local/bin:/usr/bin", "python3", "-m", "pip", "--version")
+    assert "No module named pip" in base.stderr
+    assert run("sh", "-c", "command -v gcc cc c++ make curl wget").stdout == ""
+    assert run("id", "-u").stdout.strip() == "10001"
+    assert run("sh", "-c", "find /app -writable -not -user 10001").stdout == ""
+
+
+def test_the_images_say_what_they_are_and_whether_they_are_healthy(
+    gateway_image: str, embedded_image: str, serving_image: str
+) -> None:
+    for image in (gateway_image, embedded_image, serving_image):
+        labels = json.loads(inspect(image, "json .Config.Labels"))
+        assert labels["org.opencontainers.image.title"] == image.split(":")[0]
+        for name in ("description", "licenses"):
+            assert labels[f"org.opencontainers.image.{name}"]
+        check = json.loads(inspect(image, "json .Config.Healthcheck.Test"))
+        assert check[0] == "CMD"
+        words = ["docker", "run", "--rm", "--entrypoint", check[1], image, *check[2:]]
+        assert subprocess.run(words, capture_output=True, timeout=120).returncode == 1
+
+
+def test_the_gateway_starts_with_little_work(start_gateway_container: Callable) -> None:
+    """Its CPU time, which other programs do not lengthen as they do the time that passes."""
+    with start_gateway_container() as (name, _):
+        stats = docker("exec", name, "sh", "-c", "cat /proc/[0-9]*/stat").splitlines()
+        fields = [line.rpartition(")")[2].split() for line in stats if "(gunicorn)" in line]
+        ticks = int(docker("exec", name, "getconf", "CLK_TCK"))
+    assert len(fields) == 2, "gunicorn and its worker"
+    assert sum(int(each[11]) + int(each[12]) for each in fields) / ticks < 2
+
+
+def test_the_gateway_image_works_with_nothing_it_could_do_without(
+    start_gateway_container: Callable,
+) -> None:
+    limits = ["--user=10001", "--memory=256m", "--memory-swap=256m", "--cpus=0.5"]
+    with start_gateway_container(*HARDENED, *limits) as (name, url):
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda path: classify(url, path.read_bytes()), SAMPLES))
+        assert [answer.json()["top_class"] for answer in answers] == CLASSES
+        large = SAMPLES[0].read_bytes() + b"\0" * 5_000_000  # goes through a file
+        assert classify(url, large).json()["top_class"] == CLASSES[0]
+        page = requests.get(url, timeout=60)
+        assert page.ok and "text/html" in page.headers["Content-Type"]
+        links = re.findall(r'(?:src|href)="/?(\w[^":]+)"', page.text)
+        assert len(links) > 2
+        for link in links:
+            assert requests.get(f"{url}/{link}", timeout=60).ok, link
+        assert b"gateway_seconds_count" in (answer(f"{url}/metrics") or b"")
+        eventually(lambda: inspect(name, ".State.Health.Status") == "healthy", "it is healthy")
+        assert docker("exec", name, "cat", "/proc/1/comm") == "gunicorn"
+        assert inspect(name, ".State.OOMKilled") == "false"
+        assert stop(name) == "0"
+
+
+# Asks from a container beside the gateway, since Docker's port on this machine takes connections
+# for a while when there is nobody behind it any more.
+CLIENT = """
+import pathlib, sys, threading, requests, urllib3
+picture = pathlib.Path("website/static/samples/dress.webp").read_bytes()
+def ask():
+    try:
+        while True:
+            answer = requests.post(sys.argv[1], files={"file": picture}, timeout=60)
+            sys.stdout.write(f"{answer.status_code}\\n")
+            sys.stdout.flush()
+    except requests.ConnectionError as error:
+        cut = isinstance(error.args[0], urllib3.exceptions.ProtocolError)
+        sys.stdout.write("cut\\n" if cut else "refused\\n")
+threads = [threading.Thread(target=ask) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+def test_a_gateway_answers_whom_it_has_accepted_before_it_ends(
+    start_gateway_container: Callable, gateway_image: str, network: str
+) -> None:
+    with start_gateway_container() as (name, _):
+        ask = ["python", "-c", CLIENT, f"http://{name}:9696/predict"]
+        with container(f"--network={network}", gateway_image, *ask) as client:
+            eventually(lambda: docker("logs", client).count("200") > 20, "answers come")
+            assert stop(name) == "0"
+            assert docker("wait", client) == "0"
+            said = docker("logs", client).splitlines()
+    assert {*said} == {"200", "refused"} and said.count("refused") == 4
+
+
+def test_a_gateway_that_ran_out_of_memory_serves_again(start_gateway_container: Callable) -> None:
+    pixels = encode(Image.new("RGBA", (5000, 5000)), "PNG")
+    limits = ["--memory=140m", "--memory-swap=140m", "--restart=unless-stopped"]
+    with start_gateway_container(*limits) as (name, url):
+        with pytest.raises(requests.ConnectionError):
+            classify(url, pixels)
+        wait_for(name, f"{url}/readyz")
+        assert classify(url, SAMPLES[0].read_bytes()).json()["top_class"] == CLASSES[0]
+
+
+def test_a_model_server_that_ran_out_of_memory_is_started_again(embedded_image: str) -> None:
+    ports = free_port(), free_port()
+    publish = [
+        f"--publish=127.0.0.1:{mine}:{its}" for mine, its in zip(ports, (8500, 8501), strict=True)
+    ]
+    status = f"http://127.0.0.1:{ports[1]}{STATUS}"
+    with container("--restart=unless-stopped", *publish, embedded_image) as name:
+        wait_for(name, status, b"AVAILABLE")
+        usage = docker("stats", "--no-stream", "--format={{.MemUsage}}", name)
+        number, unit = usage.split("iB")[0][:-1], usage.split("iB")[0][-1]
+        limit = f"{int(float(number) * {'M': 1, 'G': 1024}[unit]) + 100}m"
+        docker("update", f"--memory={limit}", f"--memory-swap={limit}", name)
+
+        pb_request = tfserving.PredictRequest()
+        pb_request.model_spec.name = "clothing-model"
+        batch = np.zeros((128, 224, 224, 3), np.float32)
+        pb_request.inputs["inputs"].CopyFrom(tfserving.make_tensor_proto(batch))
+        with tfserving.make_channel(f"127.0.0.1:{ports[0]}") as channel:
+            stub = tfserving.PredictionServiceStub(channel)
+            calls = [stub.Predict.future(pb_request, timeout=60) for _ in range(4)]
+            eventually(lambda: inspect(name, ".RestartCount") != "0", "it is started again")
+            for call in calls:
+                call.cancel()
+        wait_for(name, status, b"AVAILABLE")
+        rows = {"instances": np.zeros((1, 224, 224, 3)).tolist()}
+        assert requests.post(f"{status}:predict", json=rows, timeout=60).ok
+
+
+@pytest.fixture(scope="session")
+def serving_image(build: Callable[..., str], embedded_image: str) -> str:
+    """An image of model_server/Dockerfile, on top of a stand-in for TensorFlow Serving's."""
+    server = "/usr/bin/tensorflow_model_server"
+    script = '#!/bin/sh\\nexec python -m model_server "$@"\\n'
+    lines = [
+        f"FROM {embedded_image}",
+        "USER 0",
+        f"RUN printf '{script}' > {server} && chmod +x {server}",
+        "RUN rm -r /models /etc/serving",
+        'ENTRYPOINT ["/usr/bin/tf_serving_entrypoint.sh"]',
+        "HEALTHCHECK NONE",
+    ]
+    stand_in = build("stand-in", "", stdin="\n".join(lines))
+    return build("clothing-model", SERVING, f"--build-arg=SERVING_IMAGE={stand_in}")
+
+
+def test_the_tensorflow_serving_image_has_its_model_settings_and_health(serving_image: str) -> None:
+    ports = free_port(), free_port()
+    publish = [
+        f"--publish=127.0.0.1:{mine}:{its}" for mine, its in zip(ports, (8500, 8501), strict=True)
+    ]
+    with container("--init", *HARDENED, "--tmpfs=/tmp", *publish, serving_image) as name:
+        eventually(lambda: inspect(name, ".State.Health.Status") == "healthy", "healthy", 120)
+        check = [*json.loads(inspect(name, "json .Config.Healthcheck.Test"))[1:]]
+        another = [word.replace("clothing-model", "another-model") for word in check]
+        for words, status in ((check, 0), (another, 1)):
+            done = subprocess.run(["docker", "exec", name, *words], timeout=60)
+            assert done.returncode == status
+        assert docker("exec", name, "id", "-u") == "10001"
+        with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
+            health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        rest = f"http://127.0.0.1:{ports[1]}"
+        rows = {"instances": np.zeros((3, 224, 224, 3)).tolist()}
+        assert requests.post(f"{rest}{STATUS}:predict", json=rows, timeout=60).ok
+        page = (answer(f"{rest}/monitoring/prometheus/metrics") or b"").decode()
+        assert 'padding_size_count{execution_batch_size="4"} 1' in page  # three rows become four
+
+
+def test_the_official_image_is_what_the_dockerfile_builds_upon(build: Callable[..., str]) -> None:
+    """Where it cannot be had, the build gets as far as its FROM, and no further."""
+    if docker_obstacle(SERVING_IMAGE):
+        with pytest.raises(AssertionError) as failed:
+            build("clothing-model", SERVING)
+        assert re.search(rf"{SERVING_IMAGE}|tensorflow/serving/manifests", str(failed.value))
+        assert not re.search("unknown instruction|parse error|COPY failed", str(failed.value))
+        return
+    with container("--init", *HARDENED, "--tmpfs=/tmp", build("clothing-model", SERVING)) as name:
+        eventually(lambda: inspect(name, ".State.Health.Status") == "healthy", "healthy", 120)
+
+
+@pytest.mark.parametrize("dockerfile", [SERVING, EMBEDDED])
+def test_without_a_model_one_sentence_says_what_to_do(
+    build: Callable[..., str], dockerfile: str, tmp_path: Path
+) -> None:
+    for file in [*DOCKERFILES, "Pipfile", "Pipfile.lock", ".dockerignore"]:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    arguments = ["--force-rm", f"--file={dockerfile}", "--build-arg=SERVING_IMAGE=python:3.11-slim"]
+    done = subprocess.run(
+        ["docker", "build", *arguments, "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "There is no build/clothing-model/1: make workbook ONLY=01" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dockerfile", [GATEWAY, EMBEDDED])
+def test_packages_come_from_the_mirror_that_the_builder_names(
+    gateway_image: str, dockerfile: str
+) -> None:
+    """The mirror has no package; it is enough that it is asked, and that nobody else is."""
+    with container(gateway_image, "python", "-m", "http.server", "8000") as mirror:
+        host = inspect(mirror, "range .NetworkSettings.Networks}}{{.IPAddress}}{{end")
+        arguments = [f"--build-arg=PIP_INDEX_URL=http://{host}:8000/simple"]
+        arguments += [f"--build-arg=PIP_TRUSTED_HOST={host}", "--target=packages"]
+        words = ["docker", "build", "--force-rm", f"--file={dockerfile}", *arguments, "."]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        logs = subprocess.run(["docker", "logs", mirror], capture_output=True, text=True)
+    assert done.returncode != 0 and "No matching distribution found for pipenv" in (
+        done.stdout + done.stderr
+    )
+    assert re.findall('"GET (.*) HTTP', logs.stderr) == ["/simple/pipenv/"]
+
+
+# --- Compose ------------------------------------------------------------------------------------
+
+
+class Stack:
+    """A Compose project with names and ports of its own, and a host of pictures beside it."""
+
+    def __init__(self, compose: list[str], images: dict[str, str], folder: Path):
+        self.project, self.port = f"test-{uuid.uuid4().hex[:8]}", free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        pictures = {
+            "image": images["gateway"],
+            "command": ["python", "-m", "http.server", "8000", "--directory", "website/static"],
+            "healthcheck": {"disable": True},
+            "init": True,
+        }
+        services = {name: {"image": image} for name, image in images.items()}
+        override = {"services": {**services, "pictures": pictures}}
+        (folder / "override.yaml").write_text(json.dumps(override))
+        self.compose = compose
+        self.env = {
+            **os.environ,
+            "COMPOSE_PROJECT_NAME": self.project,
+            "COMPOSE_FILE": f"{ROOT / 'docker-compose.yaml'}:{folder / 'override.yaml'}",
+            "MODEL_SERVER": "embedded",
+            "GATEWAY_PORT": str(self.port),
+            "ALLOWED_IMAGE_HOSTS": "pictures:8000",
+        }
+
+    def run(self, *arguments: str, seconds: float = 120) -> str:
+        done = subprocess.run(
+            [*self.compose, *arguments],
+            cwd=ROOT,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.strip()
+
+    def containers(self, service: str) -> list[dict[str, Any]]:
+        """What ``ps`` says of the running containers of a service."""
+        lines = self.run("ps", "--format", "json", service).splitlines()
+        return sorted((json.loads(line) for line in lines), key=lambda each: each["Name"])
+
+    def requests_of(self, container: str) -> int:
+        """How many requests a model server has counted."""
+        read = "import urllib.request as u; print(u.urlopen('{}').read().decode())"
+        url = "http://127.0.0.1:8501/monitoring/prometheus/metrics"
+        page = docker("exec", container, "python", "-c", read.format(url))
+        counts = re.findall(r"^:tensorflow:serving:request_count{.*} (\d+)$", page, re.MULTILINE)
+        return sum(map(int, counts))
+
+    def left(self) -> list[str]:
+        """The names of all containers, networks and volumes of the project."""
+        label = f"--filter=label=com.docker.compose.project={self.project}"
+        found = [docker("ps", "--all", "--quiet", label)]
+        found += [docker(kind, "ls", "--quiet", label) for kind in ("network", "volume")]
+        return " ".join(found).split()
+
+
+@pytest.fixture(scope="module")
+def stack(
+    compose: list[str],
+    gateway_image: str,
+    embedded_image: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Stack]:
+    images = {"gateway": gateway_image, "model-server": embedded_image}
+    stack = Stack(compose, images, tmp_path_factory.mktemp("compose"))
+    try:
+        stack.run("up", "--detach", "--build", "--wait", seconds=600)
+        yield stack
+    finally:
+        stack.run("down", "--volumes")
+
+
+def test_what_waited_for_health_predicts_at_once(stack: Stack) -> None:
+    for service in ("gateway", "model-server"):
+        (container,) = stack.containers(service)
+        assert container["Health"] == "healthy"
+    for path, name in zip(SAMPLES, CLASSES, strict=True):
+        assert classify(stack.url, path.read_bytes()).json()["top_class"] == name
+
+
+def test_links_work_to_allowed_hosts_only(stack: Stack) -> None:
+    def ask(url: str) -> requests.Response:
+        return requests.post(f"{stack.url}/predict", json={"url": url}, timeout=60)
+
+    answer = ask("http://pictures:8000/samples/dress.webp")
+    assert answer.json()["top_class"] == "dress" and "fetch" in answer.json()["seconds"]
+    refused = ask("http://model-server:8501/v1/models/clothing-model")
+    assert refused.status_code == 400 and refused.json()["type"].endswith(":link-blocked")
+
+
+def test_a_request_is_found_in_the_logs(stack: Stack) -> None:
+    mark = uuid.uuid4().hex
+    assert classify(stack.url, SAMPLES[0].read_bytes(), headers={"X-Request-ID": mark}).ok
+    eventually(lambda: mark in stack.run("logs", "gateway"), "the log has the request")
+    assert "gRPC API is open" in stack.run("logs", "model-server")
+
+
+def test_the_worst_pictures_of_many_clients_fit_into_the_limit(stack: Stack) -> None:
+    worst = Image.new("RGBA", (5000, 5000), (200, 20, 20, 128))
+    kinds: list[tuple[str, dict]] = [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ]
+    files = [encode(worst, kind, **options) for kind, options in kinds]
+    files += [encode(worst.convert("CMYK"), "JPEG", progressive=True, quality=50)]
+    files = [file + bytes(9_900_000 - len(file)) for file in files]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda file: classify(stack.url, file), files * 12))
+    assert {answer.status_code for answer in answers} <= {200, 503, 504}  # late on a busy machine
+    (gateway,) = stack.containers("gateway")
+    assert inspect(gateway["Name"], ".RestartCount") == "0"
+
+
+def test_two_model_servers_share_the_work_and_one_may_fall(stack: Stack) -> None:
+    stack.run("up", "--detach", "--no-build", "--wait", "--scale=model-server=2")
+    names = [each["Name"] for each in stack.containers("model-server")]
+    assert len(names) == 2
+    picture = SAMPLES[0].read_bytes()
+
+    def counts() -> list[int]:
+        return [stack.requests_of(name) for name in names]
+
+    def second_is_asked() -> bool:
+        assert classify(stack.url, picture).ok
+        return stack.requests_of(names[1]) > 0
+
+    # The gateway looks the name up again when a connection has reached its greatest age.
+    eventually(second_is_asked, "the second model server gets requests", seconds=90)
+    before = counts()
+    for _ in range(60):
+        assert classify(stack.url, picture).ok
+    shares = [now - then for now, then in zip(counts(), before, strict=True)]
+    assert sum(shares) == 60 and min(shares) >= 20
+
+    statuses: list[int] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            statuses.append(classify(stack.url, picture).status_code)
+
+    def restarts() -> str:
+        return docker("inspect", "--format={{.RestartCount}} {{.State.Health.Status}}", names[0])
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(ask) for _ in range(4)]
+        try:
+            eventually(lambda: len(statuses) > 20, "answers come")
+            crash = ["docker", "exec", names[0], "bash", "-c", "kill -9 -1"]
+            subprocess.run(crash, capture_output=True, timeout=60)
+            asked = len(statuses)
+            eventually(lambda: restarts() == "1 healthy", "it is started again", seconds=120)
+            assert len(statuses) > asked
+        finally:
+            done.set()
+        for job in jobs:
+            job.result()
+    assert {*statuses} == {200}
+
+
+def test_one_command_leaves_nothing(stack: Stack) -> None:
+    names = stack.run("ps", "--format={{.Name}}", "gateway", "model-server").splitlines()
+    stack.run("stop")
+    codes = {docker("inspect", "--format={{.State.ExitCode}}", name) for name in names}
+    assert codes == {"0"}, "somebody was not asked to end, but killed"
+    assert len(stack.left()) >= len(names) + 2
+    stack.run("down")
+    assert stack.left() == []
+    assert docker("ps", "--all", "--quiet", f"--filter=name={stack.project}") == ""
+
+
+# --- Lesson 05 -----------------------------------------------------------------------------------
+
+
+def test_lesson_05_runs_in_containers_and_leaves_none(
+    gateway_image: str, embedded_image: str, tmp_path: Path
+) -> None:
+    """The images above are those that it builds, so its builds take theirs from the cache."""
+    names = ("GATEWAY", "GRPC", "REST", "SECOND_GRPC", "SECOND_REST", "PICTURES")
+    ports = {f"{name}_PORT": str(free_port()) for name in names}
+    executed, project = tmp_path / "executed.ipynb", f"lesson05-{ports['GATEWAY_PORT']}"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "papermill", "notebooks/05-docker-compose.ipynb", executed),
+            *("--kernel", "python3", "--no-progress-bar"),
+            *(word for item in ports.items() for word in ("-p", *item)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    try:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert docker("ps", "--all", "--quiet", f"--filter=name={project}") == ""
+        assert docker("network", "ls", "--quiet", f"--filter=name={project}") == ""
+        printed = json.dumps(nbformat.read(executed, as_version=4), ensure_ascii=False)
+        for words in ("engine: docker – ", "prediction: dress ", " requests, 0 failed"):
+            assert words in printed
+    finally:
+        remove_containers(project)
