@@ -35,7 +35,7 @@ workbook: setup
 	@$(PY) -m notebooks.run --only $(ONLY)
 
 test: setup
-	@$(PY) -m pytest -n 3 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n 3 $(ARGS)
 
 lab: setup
 	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

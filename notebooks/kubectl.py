@@ -1,13 +1,12 @@
 """Say it once: kubectl's commands, to a cluster or to what rehearses one; and a steady client."""
 
+import atexit
 import json
 import shlex
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,14 +80,16 @@ class Kubectl:
             self.rehearsal.port_forward(target, port, local_port)
             return
         print(f"$ {self.command} {command} &")
-        quiet = subprocess.DEVNULL
-        self.tunnels.append(subprocess.Popen(self._words(command), stdout=quiet, stderr=quiet))
-
-        def is_open() -> bool:
-            with closing(socket.socket()) as probe:
-                return probe.connect_ex(("localhost", local_port)) == 0
-
-        wait_until(is_open, 60)
+        tunnel = subprocess.Popen(
+            self._words(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.tunnels.append(tunnel)
+        atexit.register(tunnel.terminate)
+        # To try whether it is open could break it; kubectl says when it is, or why it cannot be.
+        assert tunnel.stdout is not None
+        said = tunnel.stdout.readline()
+        if not said.startswith("Forwarding"):
+            raise RuntimeError(f"This failed: kubectl {command}: {said}")
 
     def pods(self, component: str) -> list[PodState]:
         """Return the state of a component's pods; those that are ending are among them."""
@@ -116,7 +117,7 @@ class Kubectl:
 
     def _rehearse(self, rehearsal: Rehearsal, command: str) -> None:
         match shlex.split(command):
-            case ["create" | "apply", "--filename", file]:
+            case ["create", "--save-config", "--filename", file]:
                 self._apply(rehearsal, Path(file).read_text())
             case ["apply", "--kustomize", folder, *selector]:
                 manifests = subprocess.check_output(["kubectl", "kustomize", folder], text=True)
@@ -171,6 +172,7 @@ class Client:
             words = shlex.split(f"{self.there.command} logs --follow client")
         with notes.open("w") as file:
             self.process = subprocess.Popen(words, stdout=file)
+        atexit.register(self.process.terminate)
         wait_until(self.is_well)
 
     def answers(self, since: float = 0.0) -> list[tuple[float, str]]:

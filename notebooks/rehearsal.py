@@ -528,6 +528,8 @@ class Rehearsal:
                 await asyncio.gather(copy(reader, others), copy(answers, writer))
             except OSError:
                 writer.transport.abort()
+            except asyncio.CancelledError:
+                pass  # the rehearsal is over; Python 3.11 would report a cancelled task as an error
             finally:
                 self.carrying.discard(task)
                 for each in filter(None, (writer, others)):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from PIL import Image
+from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     from hostile.namespace import Namespace
@@ -39,11 +40,17 @@ TURNS = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, where they share servers, but not the lessons."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class FilesAndLessons(LoadFileScheduling):
+    """Keeps the tests of a file on one worker, where they share servers; a lesson may go alone."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        lesson = "::test_lesson_runs_and_leaves_nothing_behind[" in nodeid
+        return nodeid if lesson else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Distribute the tests over the workers of pytest-xdist."""
+    return FilesAndLessons(config, log)
 
 
 def free_port() -> int:

@@ -78,10 +78,7 @@ def test_lesson_01_exports_a_model_that_can_be_served(clothing_model: Path) -> N
     assert (clothing_model / "1" / "variables").is_dir()
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=pytest.mark.xdist_group(p.stem), id=p.stem) for p in NOTEBOOKS[1:]],
-)
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
 def test_lesson_runs_and_leaves_nothing_behind(
     path: Path, clothing_model: Path, tmp_path: Path
 ) -> None:
