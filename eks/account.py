@@ -39,6 +39,7 @@ class Cluster:
 
     name: str
     region: str
+    version: str
     tags: dict[str, str]
     node_groups: list[dict[str, Any]]
     nat_gateway: str
@@ -49,7 +50,8 @@ class Cluster:
         config = yaml.safe_load(path.read_text())
         about = config["metadata"]
         nat = config["vpc"]["nat"]["gateway"]
-        return cls(about["name"], about["region"], about["tags"], config["managedNodeGroups"], nat)
+        groups = config["managedNodeGroups"]
+        return cls(about["name"], about["region"], about["version"], about["tags"], groups, nat)
 
     @property
     def project(self) -> str:

@@ -10,6 +10,7 @@ eksctl and Docker cannot work in such an account: the calls that eksctl would ma
 and Docker pushes to the registry.
 """
 
+import atexit
 import json
 import os
 import platform
@@ -26,7 +27,8 @@ from typing import Any
 
 import yaml
 
-from eks.account import Cluster
+from eks.account import Cluster, Problem
+from eks.images import docker
 
 START_SECONDS = 120.0
 
@@ -36,13 +38,18 @@ class SimulatedAccount:
 
     Args:
         folder: where the registry keeps its images, and programs write their logs. It is emptied.
+
+    Attributes:
+        images: names of images on Docker's engine that `close` removes.
     """
 
     def __init__(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.folder = folder
+        self.images: list[str] = []
         self.processes: list[subprocess.Popen[bytes]] = []
+        atexit.register(self.close)
 
     def enter(self) -> None:
         """Have this process, and all that it starts from now on, know no other account.
@@ -70,10 +77,13 @@ class SimulatedAccount:
         """Make the cluster and its node groups, by the calls to EKS that eksctl makes."""
         subnets = [each["SubnetId"] for each in aws("ec2").describe_subnets()["Subnets"][:2]]
         role = f"arn:aws:iam::{aws('sts').get_caller_identity()['Account']}:role/eks"
-        network = {"subnetIds": subnets}
         eks = aws("eks")
         eks.create_cluster(
-            name=cluster.name, roleArn=role, resourcesVpcConfig=network, tags=cluster.tags
+            name=cluster.name,
+            version=cluster.version,
+            roleArn=role,
+            resourcesVpcConfig={"subnetIds": subnets},
+            tags=cluster.tags,
         )
         for group in cluster.node_groups:
             name = group["name"]
@@ -114,12 +124,16 @@ class SimulatedAccount:
         return "", "the Docker engine does not reach a registry on this machine"
 
     def close(self) -> None:
-        """End everything, and remove the folder."""
+        """End everything, and remove images and folder; at the program's end at the latest."""
         for process in self.processes:
             process.terminate()
             process.wait(timeout=60)
         self.processes.clear()
-        shutil.rmtree(self.folder)
+        while self.images:
+            with suppress(Problem):
+                docker("image", "rm", self.images.pop())
+        shutil.rmtree(self.folder, ignore_errors=True)
+        atexit.unregister(self.close)
 
     def _start(self, command: list[str], url: str) -> None:
         """Start a program and wait until it answers; raise RuntimeError when it does not."""

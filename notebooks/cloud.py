@@ -1,0 +1,117 @@
+"""Lesson 09 in the cloud and in rehearsal: what differs between the two, said once."""
+
+import os
+import shutil
+import subprocess
+import urllib.request
+from contextlib import suppress
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import yaml
+
+from notebooks import cluster
+from notebooks.kubectl import Kubectl, wait_until
+
+PROGRAMS = ("docker", "aws", "eksctl")
+NAMESPACE = Path("kube-config/base/clothes-namespace.yaml")
+EXAMPLE = "203.0.113.7/32"  # nobody's address, for examples
+
+
+def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Cluster:
+    """Choose where the pods run: `aws` with an agreement, else a rehearsal.
+
+    Args:
+        agreed: nothing but True is an agreement to costs.
+        wanted: for a rehearsal, `auto`, `docker` or `embedded`, as in `choose_cluster`.
+        images: what must be on this machine's Docker.
+
+    Raises:
+        RuntimeError: the costs are agreed to, and something is missing; or Docker was asked for.
+    """
+    answers = cluster.docker_answers(wanted)
+    obstacle = cluster.images_obstacle(images) if answers else "no Docker engine is used"
+    if agreed is True:
+        if missing := [name for name in PROGRAMS if not shutil.which(name)]:
+            obstacle = f"{' and '.join(missing)} must be installed"
+        if obstacle:
+            raise RuntimeError(
+                f"AGREE_TO_COST is True, but {obstacle}. Mend that, or rehearse: set it to False."
+            )
+        return cluster.Cluster("aws", "AGREE_TO_COST is True: from here on it costs money")
+    if obstacle and wanted == "docker":
+        raise RuntimeError(f"Docker was asked for, but {obstacle}: take WORKBOOK_ENGINE=embedded.")
+    engine = "embedded" if obstacle else "docker"
+    why = "AGREE_TO_COST is not True, so AWS is simulated"
+    return cluster.Cluster(engine, f"{why}; {obstacle}" if obstacle else why)
+
+
+def connect_kubectl(chosen: cluster.Cluster, kubeconfig: Path) -> Kubectl:
+    """Return kubectl for the cluster that eksctl has made, or for a rehearsal."""
+    if chosen.engine == "aws":
+        command = f"kubectl --kubeconfig {kubeconfig}"
+        chosen = cluster.Cluster("kubernetes", chosen.why, command)
+    return Kubectl(chosen, namespace="clothes")
+
+
+def own_network(engine: str) -> str:
+    """Return this machine's address as Amazon sees it, as a network; for a rehearsal an example."""
+    if engine != "aws":
+        return EXAMPLE
+    with urllib.request.urlopen("https://checkip.amazonaws.com", timeout=30) as answer:
+        return str(IPv4Network(answer.read().decode().strip()))
+
+
+def put_secret(kubectl: Kubectl, name: str, data: dict[str, str]) -> None:
+    """Make the namespace and a Secret in it, which is in no file and in no command's arguments."""
+    about = {"name": name, "namespace": "clothes"}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "stringData": data}
+    if kubectl.rehearsal is not None:
+        kubectl.rehearsal.apply(f"{NAMESPACE.read_text()}---\n{yaml.safe_dump(secret)}")
+        return
+    kubectl(f"apply --filename {NAMESPACE}")
+    command = [*kubectl.command.split(), "apply", "--server-side", "--filename=-"]
+    subprocess.run(command, input=yaml.safe_dump(secret), text=True, check=True)
+
+
+def load_balancer(kubectl: Kubectl, service: str) -> str:
+    """Wait until a Service has a load balancer, and return its host; in a rehearsal, a port."""
+    if kubectl.rehearsal is not None:
+        return f"127.0.0.1:{kubectl.rehearsal.expose(service, 80)}"
+    # Amazon's have a name, those of other clouds an address.
+    first = ".status.loadBalancer.ingress[0]"
+    path = f"jsonpath={{{first}.hostname}}{{{first}.ip}}"
+    command = [*kubectl.command.split(), "get", "service", service, "--output", path]
+    wait_until(lambda: subprocess.check_output(command), 600)
+    return subprocess.check_output(command, text=True)
+
+
+def wait_until_shut(kubectl: Kubectl, host: str) -> str:
+    """Wait until a load balancer admits us no longer, and say so; a rehearsal shows its list."""
+    if kubectl.rehearsal is not None:
+        spec = kubectl.rehearsal.objects["Service", "gateway"]["spec"]
+        return f"admitted: {', '.join(spec['loadBalancerSourceRanges'])}"
+
+    def is_shut() -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"http://{host}/livez", timeout=5):
+            return False
+        return True
+
+    wait_until(is_shut, 300)
+    return "nobody answers within five seconds"
+
+
+def run(command: str) -> None:
+    """Run a command; print it, and what it prints, at once. RuntimeError when it fails."""
+    print("$", command, flush=True)
+    # Jupyter asks programs for colours, and for bars that move, which an output cannot show.
+    env = {**os.environ, "FORCE_COLOR": "", "TERM": "dumb"}
+    words, pipe = ["bash", "-c", command], subprocess.PIPE
+    with subprocess.Popen(
+        words, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    if process.returncode:
+        raise RuntimeError(f"This failed, see above: {command}")
