@@ -1,7 +1,9 @@
 """Servers, models and pictures that the tests share: all real, all on loopback."""
 
 import io
+import itertools
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = (ROOT / "model_server/classes.txt").read_text().split()
 SAMPLES = [ROOT / f"notebooks/samples/{name}.png" for name in CLASSES]
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+PORTS = itertools.cycle(random.sample(range(11000 + 5000 * WORKER, 16000 + 5000 * WORKER), 5000))
 # What cameras do to a picture, by the number that they note for it in the EXIF data.
 TURNS = {
     1: None,
@@ -54,9 +58,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Find a port that nobody listens at, among those that this worker alone gives away.
+
+    Systems take the ports of outgoing connections, and those that programs leave to them, from
+    32768 on: such a port can be taken again before the program that it is for has started.
+    """
+    for port in PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the ports never end")
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

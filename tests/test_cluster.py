@@ -1,7 +1,7 @@
 """Which cluster the lessons use: their own, one that is named, never one that is only there.
 
 kind, docker and kubectl are replaced by scripts that write down how they were called; one test
-runs lesson 06 on a real cluster.
+runs lessons 06 and 07 on a real cluster.
 """
 
 import hashlib
@@ -296,16 +296,27 @@ def real_environment() -> dict[str, str]:
     """The environment of these tests, if a real cluster is wanted."""
     if not os.environ.get("WORKBOOK_CONTEXT") and os.environ.get("CLUSTER_TESTS") != "1":
         pytest.skip("no cluster: WORKBOOK_CONTEXT names one, or CLUSTER_TESTS=1 has Kind make it")
-    return {**os.environ, "PYTHON": sys.executable}
+    return {**os.environ}
 
 
 @pytest.mark.cluster
-def test_lesson_06_runs_on_the_cluster(real_environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lesson", "seen"),
+    [
+        ("06-kubernetes-ping", "ErrImagePull|ImagePullBackOff"),
+        ("07-kubernetes-tf-serving", "\nprediction: dress 0"),
+    ],
+)
+def test_lesson_runs_on_the_cluster(
+    lesson: str, seen: str, real_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The images hold build/clothing-model, which lesson 01 leaves behind."""
+    executed = tmp_path / "executed.ipynb"
     done = subprocess.run(
         [
-            *(real_environment.pop("PYTHON"), "-m", "papermill", "--kernel", "python3"),
-            *("--no-progress-bar", ROOT / "notebooks/06-kubernetes-ping.ipynb"),
-            *(tmp_path / "06.ipynb", "-p", "GATEWAY_PORT", str(free_port())),
+            *(sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar"),
+            *(ROOT / f"notebooks/{lesson}.ipynb", executed),
+            *("-p", "GATEWAY_PORT", str(free_port())),
         ],
         cwd=ROOT,
         env=real_environment,
@@ -313,10 +324,8 @@ def test_lesson_06_runs_on_the_cluster(real_environment: dict[str, str], tmp_pat
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    outputs = [
-        o for c in nbformat.read(tmp_path / "06.ipynb", 4).cells for o in c.get("outputs", [])
-    ]
+    outputs = [o for c in nbformat.read(executed, 4).cells for o in c.get("outputs", [])]
     printed = "".join(output.get("text", "") for output in outputs)
     assert "\nengine: kubernetes – " in f"\n{printed}"
-    assert "ErrImagePull" in printed or "ImagePullBackOff" in printed
+    assert re.search(seen, printed)
     assert "checkpoint passed" in printed
