@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
@@ -195,7 +196,8 @@ class RestServer:
             for channel in list(server.active_channels.values())
         ):
             time.sleep(0.01)
-        in_polling_thread(self._close_connections)
+        with suppress(OSError):  # that it may be done, and the trigger closed, before it is pulled
+            in_polling_thread(self._close_connections)
         server.task_dispatcher.shutdown(timeout=max(0, deadline - time.monotonic()))
 
     def _close_connections(self) -> None:

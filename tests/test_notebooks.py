@@ -104,7 +104,7 @@ def test_lesson_runs_and_leaves_nothing_behind(
     assert done.returncode == 0, done.stderr[-3000:]
     assert not processes_with(mark)
     if shutil.which("docker"):
-        assert docker("ps", "--all", "--quiet", "--filter=name=^lesson") == ""
+        assert docker("ps", "--all", "--quiet", "--filter=name=^lesson-") == ""
 
 
 def processes_with(mark: str) -> list[list[str]]:
