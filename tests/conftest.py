@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import psutil
 import pytest
 from PIL import Image
 from xdist.scheduler import LoadFileScheduling
@@ -68,6 +69,18 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("unreachable: the ports never end")
+
+
+def processes_with(mark: str) -> list[list[str]]:
+    """The command lines of those processes that have inherited TEST_MARK."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TEST_MARK") == mark:
+                found.append(process.cmdline())
+        except (psutil.Error, OSError):
+            continue
+    return found
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, processes_with
 
 from eks.simulated import SimulatedAccount
 from notebooks import cloud
@@ -103,18 +102,6 @@ def outside(tmp_path: Path) -> Iterator[Outside]:
     server.server_close()
 
 
-def left_behind(mark: str) -> list[list[str]]:
-    """The command lines of processes that have inherited TEST_MARK."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TEST_MARK") == mark:
-                found.append(process.cmdline())
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
 def test_without_agreement_no_account_is_asked(outside: Outside, clothing_model: Path) -> None:
     """Not even with credentials in the environment, a profile, and the programs installed."""
     status, printed, error = outside.run(EXPORT_DIR=clothing_model)
@@ -125,7 +112,8 @@ def test_without_agreement_no_account_is_asked(outside: Outside, clothing_model:
         assert secret not in printed + error
     accounts = set(re.findall(r"\b\d{12}\b", printed))
     assert accounts == {"123456789012"}, "moto's, and no other"
-    assert not (outside.root / "build/eks").exists() and left_behind(str(outside.root.parent)) == []
+    assert not (outside.root / "build/eks").exists()
+    assert processes_with(str(outside.root.parent)) == []
 
 
 def test_the_trap_notices_an_account_that_is_asked(outside: Outside) -> None:

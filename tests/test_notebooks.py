@@ -14,9 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, processes_with
 
 from notebooks.engine import docker
 from notebooks.run import PORTS
@@ -86,7 +85,7 @@ def test_lesson_runs_and_leaves_nothing_behind(
     values = {"EXPORT_DIR": model, **dict.fromkeys(PORTS, 0)}
     chosen = {name: values[name] or free_port() for name in parameters(path) if name in values}
     mark = uuid.uuid4().hex
-    # What lessons do with containers is in tests/test_containers.py.
+    # With containers, lesson 05 runs in tests/test_containers.py, the others in `make workbook`.
     engine = {"WORKBOOK_ENGINE": "embedded"} if path.name >= "05" else {}
 
     done = subprocess.run(
@@ -105,18 +104,6 @@ def test_lesson_runs_and_leaves_nothing_behind(
     assert not processes_with(mark)
     if shutil.which("docker"):
         assert docker("ps", "--all", "--quiet", "--filter=name=^lesson-") == ""
-
-
-def processes_with(mark: str) -> list[list[str]]:
-    """The command lines of those processes that have inherited TEST_MARK."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TEST_MARK") == mark:
-                found.append(process.cmdline())
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 @every_notebook
