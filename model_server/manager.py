@@ -271,6 +271,13 @@ class ModelManager:
         gc.freeze()
         self._thread.start()
 
+    def is_busy(self) -> bool:
+        """Say whether a request is being answered by some version."""
+        versions = [
+            v for model in list(self._models.values()) for v in list(model.versions.values())
+        ]
+        return any(version.in_flight for version in versions)
+
     def stop(self, timeout: float) -> None:
         """Stop polling; wait up to ``timeout`` seconds for a version that is being loaded."""
         self._stop.set()

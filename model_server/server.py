@@ -210,7 +210,11 @@ class ModelServer:
             grpc_stopped = self._grpc_server.stop(self.grace_seconds)
             if self._rest_server:
                 self._rest_server.stop(deadline)
-            grpc_stopped.wait()
+            # What gRPC has not handed over in a quiet second it never will, and who watches the
+            # health would stay for ever: have them ask another server instead of waiting.
+            while not grpc_stopped.wait(1):
+                if not self._manager.is_busy():
+                    self._grpc_server.stop(None)
             self._manager.stop(deadline - time.monotonic())
         elif self._manager:
             self._manager.stop(0)

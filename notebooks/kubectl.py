@@ -138,6 +138,7 @@ class Kubectl:
     def _apply(self, rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
         """Give the rehearsal objects, all or those with a label, and say what is new."""
         label, _, value = selector.partition("=")
+        chosen = []
         for each in yaml.safe_load_all(manifests):
             if selector and each["metadata"]["labels"].get(label) != value:
                 continue
@@ -145,7 +146,8 @@ class Kubectl:
             before = rehearsal.objects.get((kind, name))
             how = "unchanged" if before == each else "configured" if before else "created"
             print(f"{kind.lower()}/{name} {how}")
-            rehearsal.apply(yaml.safe_dump(each))
+            chosen.append(each)
+        rehearsal.apply(yaml.safe_dump_all(chosen))
 
 
 class Client:

@@ -122,6 +122,12 @@ class Pod:
     # --- Its life ---------------------------------------------------------------------------------
 
     def _live(self) -> None:
+        try:
+            self._keep_alive()
+        finally:
+            self.gone.set()
+
+    def _keep_alive(self) -> None:
         backoff = itertools.chain([0.0], backoffs())
         image_backoff = backoffs()
         while not self.ending.is_set():
@@ -145,7 +151,6 @@ class Pod:
                 self.note("BackOff", "Back-off restarting failed container")
                 self.ending.wait(pause)
             self.restarts += not self.ending.is_set()
-        self.gone.set()
 
     def _run_once(self) -> None:
         """Start the container, have it probed, and stay until it has ended or the pod must end."""
@@ -395,7 +400,7 @@ class Processes:
         self.places: dict[str, list[dict[int, int]]] = {}
         self.taken: dict[str, dict[int, Pod]] = {}
         self.exposed: dict[tuple[str, int], int] = {}
-        self.lock = threading.RLock()
+        self.lock, self.ports = threading.RLock(), Ports()
 
     def obstacle(self, pod: Pod) -> tuple[str, str] | None:
         """Say when nothing here makes a pod's image, as a state and a sentence."""
@@ -451,16 +456,19 @@ class Processes:
             free = next(number for number in itertools.count() if number not in taken)
             taken[free] = pod
             while free >= len(places):
-                places.append(free_ports(port_numbers(pod.container)))
+                places.append(self._new_place(pod.container))
             return places[free]
 
     def _places(self, deployment: str) -> list[dict[int, int]]:
         with self.lock:
             if deployment not in self.places:
                 template = self.cluster.deployment(deployment)["spec"]["template"]
-                numbers = port_numbers(template["spec"]["containers"][0])
-                self.places[deployment] = [free_ports(numbers) for _ in range(PLACES)]
+                (container,) = template["spec"]["containers"]
+                self.places[deployment] = [self._new_place(container) for _ in range(PLACES)]
             return self.places[deployment]
+
+    def _new_place(self, container: Manifest) -> dict[int, int]:
+        return {number: self.ports.take() for number in port_numbers(container)}
 
     def _environment(self, pod: Pod) -> dict[str, str]:
         env = environment(pod)
@@ -490,11 +498,12 @@ class Processes:
         """Return what stands for `name:port` here: all places of its pods, or a balanced port."""
         port = int(address.rsplit(":", 1)[1])
         if self.cluster.named("Service")[name]["spec"].get("clusterIP") == "None":
-            places = [
-                place[port]
-                for deployment in self.cluster.deployments_behind(name)
-                for place in self._places(deployment)
-            ]
+            behind = self.cluster.deployments_behind(name)
+            if not behind:  # a cluster's DNS would know its pods later; a process is told once
+                raise ValueError(f"No Deployment makes pods for the Service {name} yet.")
+            places = [place.get(port) for each in behind for place in self._places(each)]
+            if None in places:
+                raise ValueError(f"The pods of the Service {name} have no port {port}.")
             return ",".join(f"127.0.0.1:{each}" for each in places)
         with self.lock:
             if (name, port) not in self.exposed:
@@ -672,12 +681,32 @@ def run_quietly(
     )
 
 
-def free_ports(numbers: list[int]) -> dict[int, int]:
-    """Return a free port of this machine for each number, below those that the system gives out."""
-    found: dict[int, int] = {}
-    while len(found) < len(numbers):
-        port = 20_000 + secrets.randbelow(12_000)
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            found[numbers[len(found)]] = port
-    return found
+class Ports:
+    """Ports of this machine that no other rehearsal takes: hundreds, each claimed by its first."""
+
+    def __init__(self) -> None:
+        self.claims: list[socket.socket] = []
+        self.left: Iterator[int] = iter(())
+
+    def take(self) -> int:
+        """Return a port that nobody listens at."""
+        while True:
+            for port in self.left:
+                with suppress(OSError), socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+                    return port
+            # Below those that the system gives to outgoing connections, 32768 and more on Linux.
+            first = 26_000 + 100 * secrets.randbelow(60)
+            claim = socket.socket()
+            try:
+                claim.bind(("127.0.0.1", first))
+            except OSError:
+                claim.close()
+            else:
+                self.claims.append(claim)
+                self.left = iter(range(first + 1, first + 100))
+
+    def close(self) -> None:
+        """Leave the ports to others."""
+        for claim in self.claims:
+            claim.close()

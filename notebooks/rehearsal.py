@@ -119,6 +119,8 @@ class Rehearsal:
         self.forwarding.join()
         self.loop.close()
         assert self.reaper.stdin is not None
+        if isinstance(self.engine, Processes):
+            self.engine.ports.close()
         self.reaper.stdin.close()
         self.reaper.wait(timeout=60)
 
@@ -362,7 +364,9 @@ class Rehearsal:
 
     def data(self, kind: str, name: str) -> dict[str, str]:
         """Return what a ConfigMap or a Secret holds."""
-        found = self.objects[kind, name]
+        found = self.objects.get((kind, name))
+        if found is None:
+            raise ValueError(f'{kind.lower()} "{name}" not found')
         coded = found.get("data") or {}
         if kind == "Secret":
             coded = {key: base64.b64decode(text).decode() for key, text in coded.items()}

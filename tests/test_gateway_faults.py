@@ -471,7 +471,7 @@ def test_abandoned_work_stops(start_gateway, model_server):
         assert is_good(post(gateway))
 
 
-def test_only_unavailable_is_tried_again_and_once(start_gateway, model_server):
+def test_what_was_not_begun_is_tried_again_and_once(start_gateway, model_server):
     code = grpc.StatusCode
     with recording(model_server.grpc) as (recorder, target):
         gateway = start_gateway(target)
@@ -479,6 +479,7 @@ def test_only_unavailable_is_tried_again_and_once(start_gateway, model_server):
         for refusals, calls, status in (
             ([code.UNAVAILABLE], 2, 200),
             ([code.UNAVAILABLE] * 2, 2, 503),
+            ([code.CANCELLED], 2, 200),
             ([code.RESOURCE_EXHAUSTED], 1, 503),
             ([code.INTERNAL], 1, 503),
             ([code.DEADLINE_EXCEEDED], 1, 504),

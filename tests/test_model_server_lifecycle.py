@@ -21,7 +21,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ROOT, Client, Server, eventually, predict_request, refused, run_model_server
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import model_management_pb2, prediction_log_pb2
+
+from model_server.server import ModelServer
 
 NAME = "counter"
 ZERO = np.zeros(1, np.float32)
@@ -394,6 +397,20 @@ def test_requests_in_flight_outlive_sigterm(
         assert tf.make_ndarray(over_grpc.result().outputs["waited"]) >= 2
         assert rest.result()["outputs"] >= 2
         assert server.process.wait(30) == 0
+
+
+def test_who_watches_the_health_does_not_delay_the_end(
+    exported: Path, start_model_server: Callable[..., Server]
+) -> None:
+    server = start_model_server(exported, "--enable_grpc_healthcheck_service")
+    with grpc.insecure_channel(server.grpc) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        server.process.terminate()
+        assert server.process.wait(ModelServer.grace_seconds / 2) == 0
+        with pytest.raises(grpc.RpcError) as ended:
+            next(watching)
+    assert ended.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def test_requests_are_given_up_at_their_deadline_when_asked_for(

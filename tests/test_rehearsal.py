@@ -323,6 +323,21 @@ def test_variables_and_files_come_from_where_the_manifest_says(
     assert pods.exec(pod.name, "cat", "/etc/settings/colour") == "red"
 
 
+def test_what_a_pod_needs_and_nobody_has_is_named_and_waited_for(
+    start: Start, ping: Manifests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubelet, "FIRST_BACKOFF_SECONDS", 0.5)
+    container(ping)["envFrom"] = [{"configMapRef": {"name": "settings"}}]
+    pods = start(ping)
+    (pod,) = eventually(lambda: pods.pods("ping"), "there is a pod")
+    eventually(lambda: pod.last_exit, "it cannot be started")
+    assert pod.last_exit == 'configmap "settings" not found'
+    settings = {"kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"COLOUR": "red"}}
+    pods.apply(yaml.safe_dump(settings))
+    eventually(lambda: pod.ready, "it was tried again")
+    assert pods.exec(pod.name, "printenv", "COLOUR") == "red\n"
+
+
 @pytest.mark.docker
 @pytest.mark.parametrize("engine", ["docker"])
 def test_containers_are_confined_as_the_manifest_says(start: Start, ping: Manifests) -> None:
@@ -373,6 +388,34 @@ def test_the_name_of_a_service_leads_to_its_pods(start: Start, ping: Manifests) 
     eventually(lambda: pods.endpoints["ping"], "the endpoints are known")
     ask = "import os, urllib.request as u; print(u.urlopen(os.environ['ADDRESS']).read().decode())"
     assert "PONG" in pods.exec(pods.pods("ping")[0].name, "python", "-c", ask)
+
+
+@pytest.mark.parametrize("engine", ["embedded"], indirect=True)
+def test_a_name_that_leads_nowhere_yet_is_waited_for(
+    start: Start, ping: Manifests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process is told its addresses once: not before they are known."""
+    monkeypatch.setattr(kubelet, "FIRST_BACKOFF_SECONDS", 0.5)
+    label, port = {"app": "others"}, kubelet.port_number(container(ping))
+    spec = {"clusterIP": "None", "selector": label, "ports": [{"port": port}]}
+    ping.append(
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "others"}, "spec": spec}
+    )
+    container(ping)["env"] = [{"name": "OTHERS", "value": f"dns:///others:{port}"}]
+    pods = start(ping)
+    (pod,) = eventually(lambda: pods.pods("ping"), "there is a pod")
+    eventually(lambda: pod.last_exit, "it cannot be started")
+    assert pod.last_exit == "No Deployment makes pods for the Service others yet."
+    others = json.loads(json.dumps(next(each for each in ping if each["kind"] == "Deployment")))
+    others["metadata"]["name"] = "others"
+    others["spec"]["selector"] = {"matchLabels": label}
+    others["spec"]["template"]["metadata"]["labels"] = label
+    del others["spec"]["template"]["spec"]["containers"][0]["env"]
+    pods.apply(yaml.safe_dump(others))
+    eventually(lambda: pod.ready, "it was tried again")
+    addresses = pods.exec(pod.name, "printenv", "OTHERS").strip().split(",")
+    (other,) = pods.pods("others")
+    assert other.address() in addresses
 
 
 def test_more_than_one_container_is_too_much() -> None:

@@ -17,7 +17,9 @@ SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],  # nothing was computed, so ask again
+                # Nothing was computed, so ask again. CANCELLED says a server that is ending to
+                # those who reach it before they hear of its end.
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ],
