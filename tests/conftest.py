@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,9 @@ from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     from hostile.namespace import Namespace
+
+# What a shell starts in the background ignores Ctrl-C, and what the tests start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = (ROOT / "model_server/classes.txt").read_text().split()
