@@ -296,7 +296,7 @@ def real_environment() -> dict[str, str]:
     """The environment of these tests, if a real cluster is wanted."""
     if not os.environ.get("WORKBOOK_CONTEXT") and os.environ.get("CLUSTER_TESTS") != "1":
         pytest.skip("no cluster: WORKBOOK_CONTEXT names one, or CLUSTER_TESTS=1 has Kind make it")
-    return {**os.environ}
+    return os.environ | {"PYTHON": sys.executable}
 
 
 @pytest.mark.cluster
@@ -314,7 +314,8 @@ def test_lesson_runs_on_the_cluster(
     executed = tmp_path / "executed.ipynb"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar"),
+            *(real_environment["PYTHON"], "-m", "papermill"),
+            *("--kernel", "python3", "--no-progress-bar"),
             *(ROOT / f"notebooks/{lesson}.ipynb", executed),
             *("-p", "GATEWAY_PORT", str(free_port())),
         ],
