@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,6 +74,12 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("unreachable: the ports never end")
+
+
+def copy_of_root(folder: Path) -> Path:
+    """Copy what a clone has; what runs in the copy shares no `build/` with anything else."""
+    names = (".git", ".venv", ".tools", ".*cache", ".hypothesis", "build", "bench", "tests")
+    return Path(shutil.copytree(ROOT, folder / "root", ignore=shutil.ignore_patterns(*names)))
 
 
 def processes_with(mark: str) -> list[list[str]]:

@@ -3,7 +3,6 @@
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, processes_with
+from conftest import ROOT, copy_of_root, processes_with
 
 from eks.simulated import SimulatedAccount
 from notebooks import cloud
@@ -28,11 +27,7 @@ class Outside:
     def __init__(self, folder: Path, port: int):
         self.asked: list[str] = []
         self.calls = folder / "calls"
-        self.root = shutil.copytree(
-            ROOT,
-            folder / "root",
-            ignore=shutil.ignore_patterns(".*", "build", "*.keras", "bench", "tests"),
-        )
+        self.root = copy_of_root(folder)
         programs = folder / "programs"
         programs.mkdir()
         for name in ("aws", "eksctl"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, free_port, processes_with
+from conftest import ROOT, copy_of_root, free_port, processes_with
 
 from notebooks.engine import docker
 from notebooks.run import PORTS
@@ -94,7 +94,7 @@ def test_lesson_runs_and_leaves_nothing_behind(
             *("--kernel", "python3", "--no-progress-bar"),
             *(word for item in chosen.items() for word in ("-p", *map(str, item))),
         ],
-        cwd=ROOT,
+        cwd=copy_of_root(tmp_path),
         env={**os.environ, "TEST_MARK": mark, **engine},
         capture_output=True,
         text=True,
