@@ -4,6 +4,7 @@ import math
 import os
 import select
 import socket
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,7 @@ DRAIN_SECONDS = float(env("DRAIN_SECONDS", "2"))
 # Time to send a request: shorter than a cluster waits for the end. When threads run short, those
 # who have been sending for long must make room, so that slow clients keep nobody waiting.
 REQUEST_SECONDS, CROWDED_SECONDS = 28.0, 1.0
+AT_ONCE = struct.pack("ii", 1, 0)  # struct linger: on, 0 seconds
 
 
 class Log(Logger):
@@ -54,6 +56,11 @@ class Worker(ThreadWorker):
             if not keep:
                 with suppress(OSError):
                     util.close_graceful(conn.sock.dup(), max_drain=1 << 26)
+                    # Who still sends must hear at once, by a reset, that nobody reads. Without one
+                    # the system may tell it to pause, and it looks at its answer 100 s later.
+                    ready, _, _ = select.select([conn.sock], [], [], 0)
+                    if ready and conn.sock.recv(1, socket.MSG_PEEK):
+                        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
                     conn.sock.shutdown(socket.SHUT_RDWR)
             return keep
         finally:
