@@ -17,8 +17,8 @@ SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                # Nothing was computed, so ask again. CANCELLED says a server that is ending to
-                # those who reach it before they hear of its end.
+                # To ask again is safe, since predictions change nothing. UNAVAILABLE: nobody took
+                # the request. CANCELLED: a server took it that was about to end.
                 "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
