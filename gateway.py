@@ -35,10 +35,11 @@ import tfserving
 from pictures import Problem
 
 app = Flask(__name__, static_folder="website/static", template_folder="website")
+app.request_class.form_data_parser_class = pictures.FormParser
 env = os.environ.get
 TF_SERVING_HOST = env("TF_SERVING_HOST", "localhost:8500")
 MODEL_NAME = env("MODEL_NAME", "clothing-model")
-SIGNATURE_NAME = env("SIGNATURE_NAME", "serving_default")
+SIGNATURE_NAME = env("SIGNATURE_NAME", "serving_uint8,serving_default")  # the first there is
 PREDICT_TIMEOUT_SECONDS = float(env("PREDICT_TIMEOUT_SECONDS", "20"))
 CLASS_NAMES_FILE = env("CLASS_NAMES_FILE", f"{app.root_path}/model_server/classes.txt")
 CLASS_NAMES = Path(CLASS_NAMES_FILE).read_text(encoding="utf-8").splitlines()
@@ -130,6 +131,7 @@ def finish(response: Response) -> Response:
 class Signature(NamedTuple):
     """What requests to the model must look like, and the version that said so."""
 
+    name: str
     version: int
     input_name: str
     dtype: np.dtype
@@ -138,7 +140,7 @@ class Signature(NamedTuple):
     output_name: str
 
 
-def read_signature(signature_def: tfserving.SignatureDef, version: int) -> Signature:
+def read_signature(name: str, signature_def: tfserving.SignatureDef, version: int) -> Signature:
     """Return a signature's names, type and size; raise Problem where pictures do not fit it."""
     tensors = [*signature_def.inputs.items(), *signature_def.outputs.items()]
     shapes = [[dim.size for dim in info.tensor_shape.dim] for _, info in tensors]
@@ -146,9 +148,9 @@ def read_signature(signature_def: tfserving.SignatureDef, version: int) -> Signa
         case [(input_name, info), (output_name, _)], [[_, height, width, 3], [_, classes]]:
             dtype = tfserving.numpy_dtype(info.dtype)
             if dtype.kind in "fu" and min(height, width) > 0 and classes == len(CLASS_NAMES):
-                return Signature(version, input_name, dtype, height, width, output_name)
+                return Signature(name, version, input_name, dtype, height, width, output_name)
     wanted = f"pictures [-1, height, width, 3] and give {len(CLASS_NAMES)} numbers"
-    sentence = f"{SIGNATURE_NAME} must take {wanted}, one for each name in CLASS_NAMES_FILE"
+    sentence = f"{name} must take {wanted}, one for each name in CLASS_NAMES_FILE"
     raise Problem(503, "model-unsuitable", f"{sentence}, but its shapes are {shapes}.")
 
 
@@ -167,8 +169,10 @@ def get_signature() -> Signature:
     stub, _ = connect()
     pb_response = stub.GetModelMetadata(pb_request, timeout=PREDICT_TIMEOUT_SECONDS)
     signatures = tfserving.SignatureDefMap.FromString(pb_response.metadata["signature_def"].value)
-    signature_def = signatures.signature_def[SIGNATURE_NAME]
-    signature = read_signature(signature_def, pb_response.model_spec.version.value)
+    names = SIGNATURE_NAME.split(",")
+    name = next((name for name in names if name in signatures.signature_def), names[-1])
+    version = pb_response.model_spec.version.value
+    signature = read_signature(name, signatures.signature_def[name], version)
     VERSION.set(signature.version)
     return signature
 
@@ -198,12 +202,16 @@ def ask(files: list[bytes], signature: Signature, timeout: float) -> tfserving.P
         batch = np.concatenate([prepare(file, signature) for file in files])
     pb_request = tfserving.PredictRequest()
     pb_request.model_spec.name = MODEL_NAME
-    pb_request.model_spec.signature_name = SIGNATURE_NAME
+    pb_request.model_spec.signature_name = signature.name
     pb_request.inputs[signature.input_name].CopyFrom(tfserving.make_tensor_proto(batch))
     stub, _ = connect()
     with stage("predict"):
         left, metadata = deadline - time.monotonic(), [("x-request-id", g.id)]
         return stub.Predict(pb_request, timeout=left, metadata=metadata)
+
+
+# What a model server says to requests that were made for another version of the model.
+OUTDATED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 
 
 def classify(files: list[bytes]) -> list[dict]:
@@ -216,7 +224,7 @@ def classify(files: list[bytes]) -> list[dict]:
             if pb_response.model_spec.version.value == signature.version:
                 break
         except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.INVALID_ARGUMENT or attempt > 0:
+            if error.code() not in OUTDATED or attempt > 0:
                 raise
         get_signature.cache_clear()
     rows = tfserving.make_ndarray(pb_response.outputs[signature.output_name])

@@ -21,6 +21,9 @@ DRAIN_SECONDS = float(env("DRAIN_SECONDS", "2"))
 # who have been sending for long must make room, so that slow clients keep nobody waiting.
 REQUEST_SECONDS, CROWDED_SECONDS = 28.0, 1.0
 AT_ONCE = struct.pack("ii", 1, 0)  # struct linger: on, 0 seconds
+# Have gRPC read its sockets in the thread that waits for them, not in threads of its own: each time
+# one thread wakes another costs 0.1 ms and more on a virtual machine. bench/README.md has numbers.
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 
 class Log(Logger):

@@ -91,6 +91,8 @@ class ModelServer:
 
     def start(self) -> None:
         """Load the model, then open the ports."""
+        # Before gRPC is imported: it is to read its sockets in the threads that wait for them.
+        os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
         from . import batching, metrics, text_protos
         from . import config as model_config
 

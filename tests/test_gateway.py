@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import grpc
@@ -279,6 +279,49 @@ def test_too_many_links_and_a_form_without_a_file(gateway, pictures):
     assert_problem(link(gateway, *[f"http://{pictures}/"] * 17), 400, "malformed-request")
     response = requests.post(f"{gateway.http}/predict", files={"picture": PICTURE}, timeout=30)
     assert_problem(response, 400, "malformed-request")
+
+
+def post_form(gateway, parts: dict[bytes, bytes], boundary: str = "b", end: bytes = b"--b--"):
+    """Send a form as it is on the wire: the header after ``form-data;``, then the content."""
+    part = b"--b\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n"
+    return requests.post(
+        f"{gateway.http}/predict",
+        b"".join(part % each for each in parts.items()) + end,
+        headers={"Content-Type": f"multipart/form-data; boundary={boundary}"},
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {b'name="file"; filename="a.png"': PICTURE},
+        {b"name=file; filename=a.png": PICTURE},
+        {b'name="file"; filename="\xc3\xa4 \\" b.png"': PICTURE},
+        {b'filename="a.png"; name="file"\r\nContent-Type: image/png': PICTURE},
+        {b'name="other"': b"\xff" * 999, b'name="file"; filename="a.png"': PICTURE},
+        {b'name="file"; filename=""': b"", b'name="sample"': b"dress"},
+    ],
+)
+def test_forms(gateway, parts):
+    assert post_form(gateway, parts).json()["top_class"] in CLASSES
+
+
+@pytest.mark.parametrize(
+    ("form", "status", "cause"),
+    [
+        ({"parts": {b'name="file"; filename="a"': PICTURE}, "boundary": "c"}, 400, "malformed"),
+        ({"parts": {b'name="file"; filename="a"': PICTURE}, "end": b""}, 400, "malformed"),
+        ({"parts": {b'name="file"; filename="a"': PICTURE}, "boundary": ""}, 400, "malformed"),
+        ({"parts": {b'nom="file"': PICTURE}}, 400, "malformed"),
+        ({"parts": {}}, 400, "malformed"),
+        ({"parts": {b'name="%d"' % number: b"" for number in range(1000)}}, 413, "request-entity"),
+    ],
+)
+def test_malformed_forms(gateway, form, status, cause):
+    response = post_form(gateway, **form)
+    assert response.status_code == status, response.text
+    assert response.json()["type"].partition(":")[2].partition(":")[2].startswith(cause)
 
 
 @pytest.mark.parametrize(
@@ -561,6 +604,42 @@ def test_model_replaced_while_serving(start_model_server, start_gateway, tiny_mo
         assert time.monotonic() < deadline
     assert list(answer.json()["predictions"]) == CLASSES
     assert answer.json()["predictions"] != first["predictions"]
+
+
+def save_two_signatures(path: Path) -> Path:
+    """Save a model that calls every picture a dress when it gets bytes, and a hat for floats."""
+    import tensorflow as tf
+
+    def always(label: str, dtype: Any) -> Any:
+        @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 3], dtype, name="pictures")])
+        def signature(pictures):
+            row = tf.one_hot([CLASSES.index(label)], len(CLASSES))
+            return {"probabilities": tf.repeat(row, tf.shape(pictures)[0], axis=0)}
+
+        return signature
+
+    signatures = {"serving_uint8": always("dress", tf.uint8)}
+    signatures["serving_default"] = always("hat", tf.float32)
+    tf.saved_model.save(tf.Module(), str(path), signatures=signatures)
+    return path
+
+
+def test_bytes_are_sent_where_the_model_takes_them(start_model_server, start_gateway, tmp_path):
+    save_two_signatures(tmp_path / "model" / "1")
+    server = start_model_server(tmp_path / "model", "--file_system_poll_wait_seconds=1")
+    gateway = start_gateway(server.grpc)
+    assert send(gateway, PICTURE).json()["top_class"] == "dress"
+    floats = start_gateway(server.grpc, SIGNATURE_NAME="serving_default")
+    assert send(floats, PICTURE).json()["top_class"] == "hat"
+
+    # The next version has no such signature: no request may notice.
+    save_other_model(tmp_path / "new", classes=10).rename(tmp_path / "model" / "2")
+    deadline = time.monotonic() + 30
+    while (answer := send(gateway, PICTURE)).json()["model"]["version"] == 1:
+        assert time.monotonic() < deadline
+    assert answer.status_code == 200
+    expected = send(start_gateway(server.grpc), PICTURE).json()
+    assert answer.json()["predictions"] == pytest.approx(expected["predictions"], abs=1e-6)
 
 
 def test_tensorflow_is_not_imported():
