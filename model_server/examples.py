@@ -13,6 +13,7 @@ from tensorflow_serving.apis import classification_pb2, input_pb2, regression_pb
 from . import json_tensors
 from .errors import ServingError, invalid_argument
 from .servable import DEFAULT_SIGNATURE, Servable
+from .tensors import shape_name
 
 CLASSIFY = "tensorflow/serving/classify"
 REGRESS = "tensorflow/serving/regress"
@@ -143,7 +144,8 @@ def _classification_result(outputs: Mapping[str, np.ndarray], count: int) -> Any
             array = outputs[alias]
             if array.ndim != 2:
                 raise invalid_argument(
-                    "Expected Tensor shape: [batch_size num_classes] but got " + _shape(array)
+                    "Expected Tensor shape: [batch_size num_classes] but got "
+                    + shape_name(array.shape)
                 )
             _check_dtype(array, dtype, f"{alias} Tensor of {_name(dtype)}. ")
             if len(array) != count:
@@ -173,7 +175,7 @@ def _regression_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
     if array.shape[1:] not in ((), (1,)) or not array.ndim:
         raise invalid_argument(
             "Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got "
-            + _shape(array)
+            + shape_name(array.shape)
         )
     if len(array) != count:
         raise invalid_argument(
@@ -194,10 +196,6 @@ def _check_dtype(array: np.ndarray, dtype: int, expected: str) -> None:
 
 def _name(dtype: int) -> str:
     return types_pb2.DataType.Name(dtype)
-
-
-def _shape(array: np.ndarray) -> str:
-    return "[" + ",".join(map(str, array.shape)) + "]"
 
 
 def parse_input(document: Mapping[str, Any]) -> Any:

@@ -17,13 +17,26 @@ import numpy as np
 import tensorflow as tf
 
 from .errors import ServingError, invalid_argument
-from .tensors import dtype_name
+from .tensors import dtype_name, shape_name
 
 MAX_SHOWN_CHARACTERS = 500
 # A string, or a short form of Infinity: TensorFlow Serving reads it, Python does not.
 STRING_OR_INF = re.compile(rb'"(?:[^"\\]++|\\.)*+"|\bInf\b')
 # What a number that a double cannot hold has: three digits of exponent, or hundreds of digits.
 HUGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{309}")
+# Everything but the brackets, in a document whose strings are whole.
+NOT_A_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^][{}"]++')
+# What TensorFlow Serving says of a document, by what Python says.
+PARSE_ERRORS = {
+    "Expecting value": "Invalid value.",
+    "Extra data": "The document root must not be followed by other values.",
+    "Expecting property name enclosed in double quotes": "Missing a name for object member.",
+    "Expecting ':' delimiter": "Missing a colon after a name of object member.",
+    "Unterminated string starting at": "Missing a closing quotation mark in string.",
+    "Invalid control character at": "Invalid encoding in string.",
+    "Invalid \\escape": "Invalid escape character in string.",
+    "Invalid \\uXXXX escape": "Incorrect hex digit after \\u escape in string.",
+}
 JSON_TYPES = {
     dict: "Object",
     list: "Array",
@@ -37,10 +50,12 @@ JSON_TYPES = {
 
 def parse_body(body: bytes) -> dict[str, Any]:
     """Parse a request's body, which must be a JSON object; NaN, ±Infinity and ±Inf are numbers."""
-    if not body:
+    if not body or body.isspace():
         raise invalid_argument("JSON Parse error: The document is empty")
     try:
         document = _loads(body)
+    except json.JSONDecodeError as error:
+        raise invalid_argument(f"JSON Parse error: {_parse_error(error)}") from error
     except (ValueError, RecursionError) as error:
         raise invalid_argument(f"JSON Parse error: {error}") from error
     if not isinstance(document, dict):
@@ -59,6 +74,25 @@ def _loads(body: bytes) -> Any:
         if longer == body:
             raise
         return json.loads(longer, **hooks)
+
+
+def _parse_error(error: json.JSONDecodeError) -> str:
+    """Say in TensorFlow Serving's words what is wrong with a document, and at which byte."""
+    before = error.doc[: error.pos]
+    message = PARSE_ERRORS.get(error.msg, error.msg)
+    if error.msg == "Expecting ',' delimiter":
+        open_brackets: list[str] = []
+        for bracket in NOT_A_BRACKET.sub("", before):
+            if bracket in "[{":
+                open_brackets.append(bracket)
+            else:
+                open_brackets.pop()
+        message = (
+            "Missing a comma or ] after an array element."
+            if open_brackets[-1] == "["
+            else "Missing a comma or } after an object member."
+        )
+    return f"{message} at offset: {len(before.encode('utf-8', 'surrogatepass'))}"
 
 
 def _finite(number: str) -> float:
@@ -138,6 +172,12 @@ def _parse_rows(rows: Any, declared: Mapping[str, Any]) -> dict[str, np.ndarray]
                 f"Expecting {expected} but got {got} at item {index} of input list"
             )
         if named and row.keys() != declared.keys():
+            if unknown := [name for name in row if name not in declared]:
+                raise invalid_argument(
+                    f"Failed to process element: {index} key: {unknown[0]} of 'instances' list. "
+                    "Error: INVALID_ARGUMENT: JSON object: does not have named input: "
+                    f"{unknown[0]}"
+                )
             raise invalid_argument(
                 f"Failed to process element: {index} of 'instances' list. JSON object: "
                 f"{show(row)} keys must be equal to: {','.join(sorted(declared))}"
@@ -160,20 +200,26 @@ def _parse_batch(rows: list, dtype: int, key: str) -> np.ndarray:
     try:
         return parse_tensor(rows, dtype)
     except ServingError as error:
-        expected = None
+        first = None
         for index, row in enumerate(rows):
             prefix = f"Failed to process element: {index}{key} of 'instances' list. Error: "
             try:
-                shape = list(parse_tensor(row, dtype).shape)
+                array = parse_tensor(row, dtype)
             except ServingError as row_error:
                 raise invalid_argument(
                     f"{prefix}{row_error.code.name}: {row_error.message}"
                 ) from row_error
-            if expected is not None and shape != expected:
+            first = array if first is None else first
+            if array.size != first.size:
                 raise invalid_argument(
-                    f"{prefix}INVALID_ARGUMENT: Expecting shape {expected} but got: {shape}"
+                    f"{prefix}INVALID_ARGUMENT: Expecting tensor size: {first.size} "
+                    f"but got: {array.size}"
                 ) from error
-            expected = shape
+            if array.shape != first.shape:
+                raise invalid_argument(
+                    f"{prefix}INVALID_ARGUMENT: Expecting shape {shape_name(first.shape)} "
+                    f"but got: {shape_name(array.shape)}"
+                ) from error
         raise
 
 
@@ -204,7 +250,7 @@ def parse_tensor(value: Any, dtype: int) -> np.ndarray:
             stray = next(item for item in level if not isinstance(item, list))
             raise invalid_argument(
                 f"JSON Value: {show(stray)} found at incorrect level: {len(shape) + 1} "
-                "in the JSON DOM. Expected beside it: lists"
+                f"in the JSON DOM. Expected at level: {_rank(value)}"
             )
         size = len(level[0])
         if set(map(len, level)) != {size}:
@@ -215,7 +261,23 @@ def parse_tensor(value: Any, dtype: int) -> np.ndarray:
             )
         shape.append(size)
         level = list(chain.from_iterable(level))
-    return _values(level, tf.as_dtype(dtype)).reshape(shape)
+    try:
+        return _values(level, tf.as_dtype(dtype)).reshape(shape)
+    except ServingError as error:
+        if any(isinstance(item, list) for item in level):
+            rank = len(shape)
+            raise invalid_argument(
+                f"Encountered list at unexpected level: {rank} expected < {rank}"
+            ) from error
+        raise
+
+
+def _rank(value: Any) -> int:
+    """Count how deep lists are nested, along their first items."""
+    rank = 0
+    while isinstance(value, list):
+        value, rank = value[0] if value else None, rank + 1
+    return rank
 
 
 def _values(values: list, dtype: Any) -> np.ndarray:

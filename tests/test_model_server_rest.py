@@ -345,8 +345,27 @@ def test_cors_is_off(server: Server) -> None:
 
 BAD_BODIES: dict[str, tuple[Any, str]] = {
     "empty": (b"", "JSON Parse error: The document is empty"),
-    "not JSON": (b"instances = [1, 2]", "JSON Parse error"),
-    "cut off": (b'{"instances": [[1, 2', "JSON Parse error"),
+    "blank": (b" \n", "JSON Parse error: The document is empty"),
+    "not JSON": (b"instances = [1, 2]", "JSON Parse error: Invalid value. at offset: 0"),
+    "cut off": (
+        b'{"instances": [[1, 2',
+        "JSON Parse error: Missing a comma or ] after an array element. at offset: 20",
+    ),
+    "no comma in a list": (
+        '{"ü]": "\\"", "inputs": [{"b64": ""} [1]]}'.encode(),
+        "JSON Parse error: Missing a comma or ] after an array element. at offset: 37",
+    ),
+    "no comma in an object": (
+        b'{"inputs": [[1, 2]] "x": 1}',
+        "JSON Parse error: Missing a comma or } after an object member. at offset: 20",
+    ),
+    "no colon": (b'{"inputs" 1}', "Missing a colon after a name of object member."),
+    "no name": (b"{inputs: 1}", "Missing a name for object member."),
+    "no end of a string": (b'{"inputs": "a}', "Missing a closing quotation mark in string."),
+    "unknown escape": (rb'{"inputs": "\q"}', "Invalid escape character in string."),
+    "bad hexadecimal": (rb'{"inputs": "\u12"}', "Incorrect hex digit after \\u escape in string."),
+    "tabulator in a string": (b'{"inputs": "\t"}', "Invalid encoding in string."),
+    "two documents": (b"{} {}", "The document root must not be followed by other values."),
     "not UTF-8": (b'{"instances": ["\xff"]}', "JSON Parse error"),
     "endless nesting": (b'{"instances":' + b"[" * 100_000, "JSON Parse error"),
     "not an object": ([1, 2], "Is not object"),
@@ -399,10 +418,22 @@ BAD_BODIES: dict[str, tuple[Any, str]] = {
     "ragged rows": (
         {"instances": [[1, 2], [3]]},
         "Failed to process element: 1 of 'instances' list. Error: INVALID_ARGUMENT: "
-        "Expecting shape [2] but got: [1]",
+        "Expecting tensor size: 2 but got: 1",
     ),
-    "number beside list": ({"inputs": [[1, 2], 3]}, "JSON Value: 3 found at incorrect level: 2"),
-    "list beside number": ({"inputs": [3, [1, 2]]}, "JSON Value: [1, 2] Type: Array is not of"),
+    "rows of different shapes": (
+        {"instances": [[[1, 2]], [[1], [2]]]},
+        "Failed to process element: 1 of 'instances' list. Error: INVALID_ARGUMENT: "
+        "Expecting shape [1,2] but got: [2,1]",
+    ),
+    "list beside a row": ({"instances": [1, [1]]}, "Expecting shape [] but got: [1]"),
+    "number beside list": (
+        {"inputs": [[1, 2], 3]},
+        "JSON Value: 3 found at incorrect level: 2 in the JSON DOM. Expected at level: 2",
+    ),
+    "list beside number": (
+        {"inputs": [3, [1, 2]]},
+        "Encountered list at unexpected level: 1 expected < 1",
+    ),
     "wrong shape": ({"inputs": [[1, 2, 3]]}, "input x has shape [1, 3]"),
     "object beside list": (
         {"instances": [[1, 2], {"x": [1, 2]}]},
@@ -414,7 +445,12 @@ BAD_BODIES: dict[str, tuple[Any, str]] = {
     ),
     "misnamed input in a row": (
         {"instances": [{"z": [1, 2]}]},
-        "keys must be equal to: x",
+        "Failed to process element: 0 key: z of 'instances' list. Error: INVALID_ARGUMENT: "
+        "JSON object: does not have named input: z",
+    ),
+    "missing input in a row": (
+        {"signature_name": "describe", "instances": [{"size": [1, 2]}]},
+        "keys must be equal to: count,label,size",
     ),
     "misnamed input in a column": (
         {"inputs": {"z": [[1, 2]]}},
