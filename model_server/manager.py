@@ -1,6 +1,7 @@
 """Which versions of which model are there, in what state, and which one answers a request."""
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import logging
@@ -212,6 +213,7 @@ class Model:
             with self.changed:
                 version.servable, version.state, version.failures = servable, State.AVAILABLE, 0
                 self.changed.notify_all()
+        _return_free_memory()
 
     def _unload(self, version: Version) -> None:
         """Take a version out of service, wait for the requests that it still answers, free it."""
@@ -223,9 +225,19 @@ class Model:
         servable.close()
         del servable
         gc.collect()  # the Python side of a graph is full of cycles
+        _return_free_memory()
         with self.changed:
             version.state = State.END
         log.info("unloaded version %d of %s", version.number, self.name)
+
+
+def _return_free_memory() -> None:
+    """Give back to the system what glibc would keep after a graph was built, or is no more.
+
+    That is several times what the graph holds: 250 MiB with the clothing model.
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _look_into(path: Path) -> frozenset:

@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 from conftest import ROOT, Client, Server, eventually, predict_request, refused, run_model_server
@@ -313,6 +314,37 @@ def test_garbage_collection_frees_the_old_graph_and_passes_over_tensorflow(
         check=True,
     )
     assert outcome.stdout == "1 True\n"
+
+
+def export_constants(path: Path) -> None:
+    """Save a model of no use that has 30 MB in its graph, of which loading makes many copies."""
+    rng = np.random.default_rng(3)
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.float32, name="x")])
+    def add(x):
+        for _ in range(300):
+            x += tf.constant(rng.random(25_000, np.float32))[0]
+        return {"y": x}
+
+    tf.saved_model.save(tf.Module(), str(path), signatures=add)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is asked for it")
+def test_memory_of_a_version_goes_back_to_the_system(
+    server: Server, client: Client, base_path: Path, tmp_path: Path
+) -> None:
+    def memory() -> int:
+        return psutil.Process(server.process.pid).memory_info().rss
+
+    export_constants(tmp_path / "large" / "1")
+    before = memory()
+    with Client(server, "large") as large:
+        large.serve(tmp_path / "large")
+        large.predict(x=np.float32(0))
+        loaded = memory()
+    client.serve(base_path)
+    left = memory()
+    assert left - before < (loaded - before) / 2, [before, loaded, left]
 
 
 def test_waits_for_a_first_version_and_says_where(
