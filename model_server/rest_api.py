@@ -42,6 +42,8 @@ _MODEL = (
 )
 GET_PATH = re.compile(rf"{_MODEL}(?P<metadata>/metadata)?")
 POST_PATH = re.compile(rf"{_MODEL}:(?P<method>predict|classify|regress)")
+# What stands before the path where a client sends a whole URL, as it would to a proxy.
+ORIGIN = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)
 
 HTTP_STATUS = {
     grpc.StatusCode.CANCELLED: 499,
@@ -131,7 +133,7 @@ def make_app(
 
     def answer(request: Request) -> Response:
         # As it was sent, since a model's name may hold %2F; a query counts as part of the path.
-        path = request.environ["REQUEST_URI"]
+        path = ORIGIN.sub("", request.environ["REQUEST_URI"])
         if request.path == metrics_path:
             return Response(metrics.page(), content_type=metrics.CONTENT_TYPE)
         if path[:4].lower() != "/v1/":

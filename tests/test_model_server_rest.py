@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import http.client
 import json
 import math
 import urllib.error
@@ -280,6 +281,16 @@ def test_bad_address(server: Server, path: str, body: Any, status: int, message:
 def test_address_in_another_form(server: Server, path: str) -> None:
     assert call(server, path)[0] == 200
     assert predict(server, {"inputs": [[1, 2]]}, path) == {"outputs": [[0.5, 1.0]]}
+
+
+@pytest.mark.parametrize("origin", ["http://somewhere:80", "HTTPS://somewhere"])
+def test_address_with_its_origin(server: Server, origin: str) -> None:
+    connection = http.client.HTTPConnection(server.http.removeprefix("http://"), timeout=30)
+    for path, body in (("", None), (":predict", b'{"inputs": [[1, 2]]}')):
+        connection.request("POST" if body else "GET", f"{origin}/v1/models/shop{path}", body)
+        response = connection.getresponse()
+        assert (response.status, response.read()[:1]) == (200, b"{")
+    connection.close()
 
 
 def test_head_is_not_served(server: Server) -> None:
