@@ -277,6 +277,7 @@ def _run_merged(queue: _Queue, tasks: list[_Task]) -> None:
         for arrays in zip(*(task.feeds for task in tasks), strict=True)
     ]
     limits = [task.timeout_ms for task in tasks]
+    metrics.WRAPPED_RUN_COUNT.increment()
     try:
         outputs = queue.run(feeds, max(limits) if all(limits) else 0)
     except ServingError as error:
@@ -294,6 +295,7 @@ def _run_merged(queue: _Queue, tasks: list[_Task]) -> None:
 
 
 def _run_alone(queue: _Queue, task: _Task) -> None:
+    metrics.WRAPPED_RUN_COUNT.increment()
     try:
         task.outputs.set_result(queue.run(task.feeds, task.timeout_ms))
     except Exception as error:

@@ -182,6 +182,7 @@ QUEUING_LATENCY = Histogram(
     growth=1.2,
     count=52,
 )
+WRAPPED_RUN_COUNT = Counter(":tensorflow:serving:batching_session:wrapped_run_count")
 INPUT_BATCH_SIZE, PROCESSED_BATCH_SIZE = (
     Histogram(f":tensorflow:serving:batching_session:{name}", scale=1, growth=2, count=14)
     for name in ("input_batch_size", "processed_batch_size")

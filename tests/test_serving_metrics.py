@@ -108,6 +108,7 @@ def test_metrics_count_what_was_asked(server: Server, warm_model: Path) -> None:
         f'{SERVING}model_warmup_latency_count{{model_path="{warm_model}/1",status="OK"}} 1',
         f'{SERVING}batching_session:input_batch_size_bucket{{le="1"}} 3',
         f'{SERVING}batching_session:input_batch_size_bucket{{le="2"}} 9',
+        f"{SERVING}batching_session:wrapped_run_count{{}} 9",
         f':tensorflow:cc:saved_model:load_attempt_count{{model_path="{warm_model}/1",'
         'status="success"} 1',
         ":tensorflow:core:graph_runs{} 9",
