@@ -20,8 +20,8 @@ without effect are accepted with a warning.
 
 In these things it departs from TensorFlow Serving, each time to say sooner what is wrong:
 
-- the shape of an input must fit the one that its signature declares, and an integer in JSON must
-  fit its dtype;
+- the shape of an input that is a placeholder must fit the one that its signature declares, and an
+  integer in JSON must fit its dtype;
 - GetModelStatus for a label tells of the version that the label points to, as the REST API's
   documentation has it, and not of all versions;
 - HandleReloadConfigRequest answers after the first attempt to load a new model: where that fails,

@@ -1,7 +1,7 @@
 """One loaded version of a model: its signatures, and the session that runs them."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Servable:
             name: meta_graph_pb2.SignatureDef.FromString(signature.SerializeToString())
             for name, signature in meta_graph.signature_def.items()
         }
+        self._placeholders = _placeholders(graph)
         self._callable = functools.lru_cache(maxsize=64)(self._make_callable)
 
     def signature(self, name: str) -> Any:
@@ -80,7 +81,7 @@ class Servable:
         means without limit. Raises ServingError for everything that can be wrong.
         """
         signature = self.signature(signature_name)
-        feeds = _feeds(signature, inputs)
+        feeds = _feeds(signature, inputs, self._placeholders)
         outputs = _outputs(signature, output_filter)
         run = functools.partial(self._run, signature_name or DEFAULT_SIGNATURE, outputs)
         if self._scheduler and self._batching:
@@ -160,11 +161,25 @@ def _names(aliases: Iterable[str]) -> str:
     return "{" + ",".join(sorted(aliases)) + "}"
 
 
-def _feeds(signature: Any, inputs: Mapping[str, Any]) -> list[np.ndarray]:
+def _placeholders(graph: Any) -> frozenset[str]:
+    """Name the tensors that come from nowhere but a request.
+
+    Others are results of operations that a request replaces, whose rank the graph knew only for
+    its own way to them: in TensorFlow Serving's half_plus_two a column of numbers that were parsed
+    from Examples, where everybody sends a plain list.
+    """
+    return frozenset(
+        op.outputs[0].name for op in graph.get_operations() if op.type == "Placeholder"
+    )
+
+
+def _feeds(
+    signature: Any, inputs: Mapping[str, Any], placeholders: Collection[str]
+) -> list[np.ndarray]:
     """Order the inputs as ``_make_callable`` expects them, and check each against its declaration.
 
-    The shape is checked because some of TensorFlow's kernels end the whole process when they meet
-    a tensor of another rank than they were built for.
+    The shape of a placeholder is checked because some of TensorFlow's kernels end the whole process
+    when they meet a tensor of another rank than they were built for.
     """
     sent, wanted = set(inputs), set(signature.inputs)
     optional = set(signature.defaults)
@@ -200,7 +215,7 @@ def _feeds(signature: Any, inputs: Mapping[str, Any]) -> list[np.ndarray]:
                 f"but {tensors.dtype_name(dtype)} is provided for input {alias}"
             )
         shape = tf.TensorShape(info.tensor_shape)
-        if not shape.is_compatible_with(array.shape):
+        if info.name in placeholders and not shape.is_compatible_with(array.shape):
             raise invalid_argument(
                 f"input {alias} has shape {list(array.shape)}, but its signature declares "
                 f"{[-1 if size is None else size for size in shape]}"

@@ -29,6 +29,7 @@ from tensorflow_serving.apis import (
 NAME = "iris"
 Code = grpc.StatusCode
 CLASSIFY, REGRESS = "tensorflow/serving/classify", "tensorflow/serving/regress"
+PREDICT = "tensorflow/serving/predict"
 v1 = tf.compat.v1
 signatures = v1.saved_model.signature_def_utils
 
@@ -47,6 +48,7 @@ def export_flowers(path: Path) -> None:
             },
         )
         size, name = parsed["size"], parsed["name"]
+        column = tf.identity(size[:, None], name="x")
         scores = tf.stack([size, size + tf.cast(parsed["legs"], tf.float32)], axis=1)
         classes = tf.stack([tf.strings.join(["small ", name]), tf.strings.upper(name)], axis=1)
         classify, regress = (
@@ -99,6 +101,7 @@ def export_flowers(path: Path) -> None:
                 "through": hand_made(of_input, {"x": examples}, REGRESS),
                 "same_twice": hand_made({"a": examples, "b": examples}, {"y": size}, REGRESS),
                 "both_ways": hand_made(of_input, {"y": size, "z": size}, CLASSIFY),
+                "half_plus_two": hand_made({"x": column}, {"y": column / 2 + 2}, PREDICT),
             },
         )
         builder.save()
@@ -528,6 +531,13 @@ def post(server: Server, path: str, body: Any) -> tuple[int, Any]:
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
+
+
+def test_a_tensor_within_the_graph_is_fed_in_any_shape(server: Server) -> None:
+    body: dict[str, Any] = {"signature_name": "half_plus_two", "instances": [1.0, 2.0, 5.0]}
+    assert post(server, f"{NAME}:predict", body) == (200, {"predictions": [2.5, 3, 4.5]})
+    body["instances"] = [[1.0], [2.0]]
+    assert post(server, f"{NAME}:predict", body) == (200, {"predictions": [[2.5], [3]]})
 
 
 ROWS = [{"size": 0.25, "name": "rose"}, {"size": [2.5], "legs": 3, "name": "tännel"}]
