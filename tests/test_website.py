@@ -582,9 +582,9 @@ def test_keyboard_only(visit: Visit, host: str) -> None:
 STATES: dict[str, Callable[[Page], None]] = {
     "idle": lambda page: None,
     "answer": lambda page: page.get_by_role("button", name="hat", exact=True).click(),
-    "error": lambda page: send_link(page, "http://localhost/hat.png"),
+    "error": lambda page: send_link(page, f"http://localhost/{'long' * 60}.png"),
     "gallery": lambda page: page.get_by_label("Choose pictures").set_input_files(
-        [DRESS, ROOT / "Makefile", SAMPLES / "t-shirt.png"]
+        [upload(f"{'long' * 60}.png", file.read_bytes()) for file in (DRESS, ROOT / "Makefile")]
     ),
     "key": lambda page: page.evaluate("askForKey(true), 0"),
 }
