@@ -403,6 +403,20 @@ def test_a_long_link_does_not_move_the_page(visit: Visit) -> None:
     expect(page.locator("#problem")).to_have_text(re.compile(r"http://localhost/\w+…$"))
 
 
+@pytest.mark.parametrize("size", [(360, 640), (600, 800), (1280, 800)])
+def test_an_error_shows_beside_the_field(visit: Visit, size: tuple[int, int]) -> None:
+    """However soon it comes after the page has moved to the place of the answer."""
+    page = visit(viewport={"width": size[0], "height": size[1]})
+    for _ in range(2):
+        send_link(page, "http://localhost/hat.png")
+        expect_problem(page, re.compile("private address"))
+        expect(page.get_by_label("Link to a picture")).to_be_in_viewport(ratio=1)
+        expect(page.locator("#problem")).to_be_in_viewport(ratio=1)
+        page.get_by_role("button", name="hat", exact=True).click()
+        expect_answer(page, "hat")
+        expect(page.get_by_role("heading", level=3)).to_be_in_viewport(ratio=1)
+
+
 def test_nothing_given(visit: Visit) -> None:
     page = visit()
     page.get_by_role("button", name="Classify", exact=True).click()

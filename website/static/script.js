@@ -231,7 +231,7 @@ function showFailure(job, { message, worthRepeating }) {
   } else {
     showProblem(message, link);
     announce(message);
-    problemLine.scrollIntoView({ block: "nearest" });
+    for (const part of [form.url.labels[0], problemLine]) part.scrollIntoView({ block: "nearest" });
   }
 }
 
