@@ -664,15 +664,36 @@ def test_without_scripts(visit: Visit, host: str) -> None:
     expect_answer(page, "shoes")
     expect(page.get_by_label("Link to a picture")).to_have_value(f"http://{host}/shoes.png")
 
-    page.get_by_label("Link to a picture").fill("")
-    page.get_by_label("Choose pictures").set_input_files(SAMPLES / "pants.png")
+    expect(page.locator("figcaption")).to_have_text(f"http://{host}/shoes.png")
+
+    file = page.get_by_label("Choose pictures")
+    expect(file).not_to_have_attribute("multiple", "")
+    file.set_input_files(SAMPLES / "pants.png")
     page.get_by_role("button", name="Classify the file").click()
     expect_answer(page, "pants")
+    expect(page.locator("figcaption")).to_have_text("pants.png")
+
+    page.get_by_role("button", name="hat", exact=True).click()
+    expect_answer(page, "hat")
+    expect(page.locator("figcaption")).to_have_text("A drawn sample")
+
+
+@pytest.mark.parametrize("options", [{}, PHONE], ids=["desk", "phone"])
+def test_errors_without_scripts(visit: Visit, options: dict) -> None:
+    page = visit(java_script_enabled=False, **options)
+
+    def expect_problem_in_view(sentence: str) -> None:
+        expect(page.locator("#problem")).to_contain_text(sentence)
+        expect(page.locator("#problem")).to_be_in_viewport(ratio=1)
+        expect(page.get_by_label("Link to a picture")).to_be_in_viewport(ratio=1)
+        expect(page).to_have_title(re.compile("^No answer"))
+        expect(page.get_by_role("heading", level=3)).to_have_text("The answer appears here.")
 
     send_link(page, "http://localhost/hat.png")
-    expect(page.locator("#problem")).to_contain_text("private address")
-    expect(page).to_have_title(re.compile("^No answer"))
-    expect(page.get_by_role("heading", level=3)).to_have_text("The answer appears here.")
+    expect_problem_in_view("private address")
+    page.get_by_label("Choose pictures").set_input_files(upload("large.png", bytes(2_000_000)))
+    page.get_by_role("button", name="Classify the file").click()
+    expect_problem_in_view("A picture may have 1,000,000 bytes")
 
 
 def test_the_key_without_scripts(visit: Visit, locked_gateway: Server) -> None:
@@ -682,6 +703,12 @@ def test_the_key_without_scripts(visit: Visit, locked_gateway: Server) -> None:
     page.get_by_role("textbox", name="Key").fill(KEY)
     page.get_by_role("button", name="hat", exact=True).click()
     expect_answer(page, "hat")
+
+
+def test_a_form_without_a_place_for_files(gateway: Server) -> None:
+    page = requests.post(gateway.http, data={"sample": "hat"}, timeout=30)
+    assert page.status_code == 200
+    assert "This is a hat" in page.text
 
 
 def test_what_strangers_write_stays_text(gateway: Server) -> None:

@@ -280,6 +280,8 @@ form.addEventListener("submit", (event) => {
   }
 });
 
+form.file.multiple = true; // a form post is about one picture
+
 for (const input of form.querySelectorAll("input[type=file]")) {
   input.addEventListener("change", () => {
     if (input.files.length) classify([...input.files].map(fromFile));
