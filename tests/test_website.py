@@ -514,6 +514,17 @@ def test_several_links_at_once(visit: Visit, host: str) -> None:
     )
 
 
+def test_paste_several_links_into_the_field(visit: Visit, gateway: Server, host: str) -> None:
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=gateway.http)
+    text = f"http://{host}/hat.png\nhttp://{host}/skirt.png"
+    page.evaluate("text => navigator.clipboard.writeText(text)", text)
+    page.get_by_label("Link to a picture").press("Control+V")
+    expect(page.get_by_role("article")).to_have_count(2)
+    expect(page.get_by_label("Link to a picture")).to_have_value("")
+    expect(page.get_by_role("heading", name="This is a")).to_have_count(2)
+
+
 # The key
 
 

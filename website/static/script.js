@@ -37,6 +37,7 @@ async function classify(pictures) {
   const jobs = pictures.map((picture) => ({ ...picture, signal, card: makeCard(picture) }));
   cards.classList.toggle("gallery", jobs.length > 1);
   cards.replaceChildren(...jobs.map((job) => job.card));
+  if (jobs.length === 1 && jobs[0].link) form.url.value = jobs[0].link;
   showProblem("");
   announce(jobs.length > 1 ? `Looking at ${jobs.length} pictures …` : "Looking at the picture …");
   cards.scrollIntoView({ block: "nearest" });
@@ -256,13 +257,14 @@ function picturesIn(transfer) {
   if (transfer.files.length) return [...transfer.files].map(fromFile);
   const text = transfer.getData("text/uri-list") || transfer.getData("text/plain");
   const links = text.split(/\s+/).filter((word) => /^https?:\/\//i.test(word));
-  if (links.length === 1) form.url.value = links[0];
   return links.map(fromLink);
 }
 
-/** Text that is pasted or dropped into a field belongs to the field. */
+/** Text that is pasted or dropped into a field belongs to the field, but for several links. */
 const isForField = (event, transfer) =>
-  event.target.closest?.("input:not([type=file])") && !transfer.types.includes("Files");
+  event.target.closest?.("input:not([type=file])") &&
+  !transfer.types.includes("Files") &&
+  picturesIn(transfer).length < 2;
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
