@@ -467,10 +467,10 @@ def test_model_server_gone_and_too_many_requests(visit: Visit, start_gateway) ->
     gateway = start_gateway(f"127.0.0.1:{free_port()}", RATE_LIMIT="1 per hour")
     page = visit(gateway.http)
     page.get_by_label("Choose pictures").set_input_files(DRESS)
-    expect_problem(page, re.compile(r"The model server .* Please wait \d+ s\.$"))
+    expect_problem(page, re.compile(r"The model server .* Please wait \d+\u00a0s\.$"))
     expect_picture(page)
     page.get_by_role("button", name="Try again").click()
-    expect_problem(page, re.compile(r"1 per hour.* Please wait 6[01] min\.$"))
+    expect_problem(page, re.compile(r"1 per hour.* Please wait 6[01]\u00a0min\.$"))
     expect_picture(page)
 
 

@@ -108,7 +108,8 @@ async function explain(response) {
   const sentence = detail.replace(/(https?:\/\/\S{40})\S+/g, "$1…"); // the field shows the rest
   const wait = Number(response.headers.get("Retry-After"));
   if (!wait) return sentence;
-  return `${sentence} Please wait ${wait < 100 ? `${wait} s` : `${Math.ceil(wait / 60)} min`}.`;
+  const [time, unit] = wait < 100 ? [wait, "s"] : [Math.ceil(wait / 60), "min"];
+  return `${sentence} Please wait ${time}\u00a0${unit}.`;
 }
 
 // ---- The key, where the gateway wants one
