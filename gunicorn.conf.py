@@ -20,10 +20,19 @@ DRAIN_SECONDS = float(env("DRAIN_SECONDS", "2"))
 # Time to send a request: shorter than a cluster waits for the end. When threads run short, those
 # who have been sending for long must make room, so that slow clients keep nobody waiting.
 REQUEST_SECONDS, CROWDED_SECONDS = 28.0, 1.0
+LINGER_SECONDS = 0.2  # a thread waits so long for a client's next request, unless threads run short
+NO_HTTP = BadRequest("This is no request as HTTP has them.")
 AT_ONCE = struct.pack("ii", 1, 0)  # struct linger: on, 0 seconds
 # Have gRPC read its sockets in the thread that waits for them, not in threads of its own: each time
 # one thread wakes another costs 0.1 ms and more on a virtual machine. bench/README.md has numbers.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+
+
+def is_readable(sock: socket.socket, seconds: float = 0) -> bool:
+    """Say whether there is something to read or to accept, within some seconds."""
+    poll = select.poll()  # unlike select(), for any number of open files
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 class Log(Logger):
@@ -51,23 +60,48 @@ class Worker(ThreadWorker):
         self.size = gateway.MAX_IN_FLIGHT + 64
         return ThreadPoolExecutor(self.size)
 
+    def load_wsgi(self):
+        """Answer a body in chunks that are none like other mistakes: it shows as they are read."""
+        import gateway
+
+        super().load_wsgi()
+        gateway.app.register_error_handler(
+            ParseException, lambda _: gateway.answer_problem(NO_HTTP)
+        )
+
     def handle(self, conn):
-        """Wait here for a client to take its answer; gunicorn's main thread would wait for it."""
-        self.since[conn] = time.monotonic()
+        """Answer a client, and again if it asks again at once.
+
+        A moment's wait here is cheaper than to hand the connection to the main thread, which would
+        hand it to another thread: that takes half a millisecond.
+        """
         try:
-            keep = super().handle(conn)
-            if not keep:
-                with suppress(OSError):
-                    util.close_graceful(conn.sock.dup(), max_drain=1 << 26)
-                    # Who still sends must hear at once, by a reset, that nobody reads. Without one
-                    # the system may tell it to pause, and it looks at its answer 100 s later.
-                    ready, _, _ = select.select([conn.sock], [], [], 0)
-                    if ready and conn.sock.recv(1, socket.MSG_PEEK):
-                        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
-                    conn.sock.shutdown(socket.SHUT_RDWR)
+            keep = self.handle_once(conn)
+            while (
+                keep is True
+                and self.alive
+                and len(self.since) < self.size / 2
+                and is_readable(conn.sock, LINGER_SECONDS)
+            ):
+                keep = self.handle_once(conn)
             return keep
         finally:
             del self.since[conn]
+
+    def handle_once(self, conn):
+        """Wait here for a client to take its answer; gunicorn's main thread would wait for it."""
+        self.since[conn] = time.monotonic()
+        keep = super().handle(conn)
+        self.since[conn] = time.monotonic()
+        if not keep:
+            with suppress(OSError):
+                util.close_graceful(conn.sock.dup(), max_drain=1 << 26)
+                # Who still sends must hear at once, by a reset, that nobody reads. Without one
+                # the system may tell it to pause, and it looks at its answer 100 s later.
+                if is_readable(conn.sock) and conn.sock.recv(1, socket.MSG_PEEK):
+                    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+                conn.sock.shutdown(socket.SHUT_RDWR)
+        return keep
 
     def handle_error(self, req, client, addr, exc):
         """Answer what is not HTTP like other mistakes; gunicorn would log it, with its secrets."""
@@ -77,8 +111,7 @@ class Worker(ThreadWorker):
             return super().handle_error(req, client, addr, exc)
         with gateway.app.test_request_context(environ_base={"REMOTE_ADDR": addr[0]}):
             gateway.begin()
-            answer = gateway.answer_problem(BadRequest("This is no request as HTTP has them."))
-            answer = gateway.finish(answer)
+            answer = gateway.finish(gateway.answer_problem(NO_HTTP))
         answer.headers["Connection"] = "close"
         with suppress(OSError):
             client.sendall(f"HTTP/1.1 {answer.status}\r\n{answer.headers}".encode() + answer.data)
@@ -113,7 +146,7 @@ class Worker(ThreadWorker):
         super().set_accept_enabled(enabled)
         while not self.alive and self.sockets:
             listener = self.sockets.pop()
-            while select.select([listener], [], [], 0)[0]:
+            while is_readable(listener):
                 self.accept(listener)
             listener.close()
 
