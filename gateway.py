@@ -28,7 +28,7 @@ from flask import Flask, Response, g, render_template, request
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 from keras_image_helper import create_preprocessor
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 import pictures
 import tfserving
@@ -286,6 +286,8 @@ def predict() -> dict | list[dict]:
     check_caller(request.headers.get("Authorization", "").encode("latin-1"))
     try:
         is_form = request.mimetype == "multipart/form-data"
+        if not is_form and len(request.get_data()) == request.max_content_length:
+            raise RequestEntityTooLarge  # Werkzeug cuts a body that does not say its length
         body = request.form.to_dict() if is_form else request.get_json(force=True)
     except (BadRequest, RecursionError) as error:  # brackets in brackets in brackets ...
         raise Problem(400, "malformed-request", USAGE) from error
@@ -294,11 +296,11 @@ def predict() -> dict | list[dict]:
 
 
 @app.route("/", methods=["GET", "POST"])
-def index() -> tuple[str, int]:
+def index() -> Response:
     """Answer with the website; where there is no JavaScript, its form is sent here."""
     page: dict[str, Any] = {"url": "", "answer": None, "problem": None}
     page |= {"classes": CLASS_NAMES, "samples": SAMPLES, "formats": pictures.IMAGE_FORMATS}
-    status = 200
+    response = Response(mimetype="text/html")
     if request.method == "POST":
         try:
             form = request.form.to_dict() | {"preview": "yes"}
@@ -307,15 +309,16 @@ def index() -> tuple[str, int]:
             page["answer"] = answer_body(form)[0]
         except (HTTPException, grpc.RpcError) as error:
             response = app.make_response(app.handle_user_exception(error))
-            page["problem"], status = response.get_json()["detail"], response.status_code
-    return render_template("index.html", needs_key=bool(GATEWAY_API_KEY), **page), status
+            page["problem"], response.mimetype = response.get_json()["detail"], "text/html"
+    response.set_data(render_template("index.html", needs_key=bool(GATEWAY_API_KEY), **page))
+    return response
 
 
 @app.get("/metrics")
 def metrics() -> Response:
     """Answer with the counts and times that Prometheus collects."""
     text = prometheus.generate_latest(registry)
-    return Response(text, mimetype=prometheus.CONTENT_TYPE_LATEST)
+    return Response(text, content_type=prometheus.CONTENT_TYPE_LATEST)
 
 
 @app.get("/openapi.json")

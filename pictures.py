@@ -1,5 +1,6 @@
 """Pictures of strangers: from a link or a file to RGB pixels, or a Problem that says why not."""
 
+import http.client
 import os
 import re
 import socket
@@ -29,7 +30,7 @@ IMAGE_MAX_PIXELS = int(env("IMAGE_MAX_PIXELS", "25000000"))
 IMAGE_TIMEOUT_SECONDS = float(env("IMAGE_TIMEOUT_SECONDS", "5"))
 ALLOWED_IMAGE_HOSTS = set(env("ALLOWED_IMAGE_HOSTS", "").lower().replace(",", " ").split())
 
-MAX_REDIRECTS, MAX_PARTS, MAX_READS = 3, 500, 500_000
+MAX_REDIRECTS, MAX_PARTS, MAX_READS, MAX_HEAD_BYTES = 3, 500, 500_000, 65536
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORM_MEMORY_BYTES = 500_000  # larger parts of a form wait on the disk
 REQUEST_MAX_BYTES = 4 * IMAGE_MAX_BYTES  # behind all links of a request
@@ -188,6 +189,28 @@ class Lines:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
+class Answer(http.client.HTTPResponse):
+    """A host's answer with headers that are short: parsed, they take six times their bytes."""
+
+    def begin(self) -> None:
+        """Read status and headers, of MAX_HEAD_BYTES at most."""
+        stream, left = self.fp, MAX_HEAD_BYTES
+
+        def readline(size: int | None = -1) -> bytes:
+            nonlocal left
+            line = type(stream).readline(stream, size)
+            left -= len(line)
+            if left < 0:
+                raise http.client.LineTooLong("headers")
+            return line
+
+        stream.readline = readline  # type: ignore[method-assign]
+        try:
+            super().begin()
+        finally:
+            del stream.readline
+
+
 class Guard(IPFilterAdapter):
     """Connects to no private address but an allowed host's, and lets Lines know."""
 
@@ -205,6 +228,8 @@ class Guard(IPFilterAdapter):
         pool, lines = super().get_connection_with_tls_context(*args, **kwargs), self.lines
 
         class Connection(pool.ConnectionCls):  # type: ignore[name-defined]
+            response_class = Answer
+
             def _new_conn(self):
                 return lines.add(super()._new_conn())
 
@@ -223,7 +248,8 @@ def open_link(url: str, lines: Lines) -> requests.Response:
     if not usual or parts.username is not None:
         sentence = "A link must be http or https, to port 80 or 443, without a password"
         raise Problem(400, "link-blocked", f"{sentence}: {url:.200}")
-    if "%" in host or host.endswith("."):  # other ways to write a host
+    plain = re.match("https?://[^/?#]", prepared.url or "")  # else requests took it as it was
+    if not plain or "%" in host or host.endswith("."):  # other ways to write a host
         raise ValueError(host)
     if ":" in host and not allowed and ip_address(host) not in PUBLIC_IPV6:
         raise ip_filter.InvalidIPAddress(host)
@@ -233,7 +259,8 @@ def open_link(url: str, lines: Lines) -> requests.Response:
 def read_body(response: requests.Response, lines: Lines) -> bytes:
     """Return the unpacked body, counting its bytes and the time as they pass."""
     if response.status_code != 200:
-        raise Problem(502, "link-failed", f"The picture's host answered {response.status_code}.")
+        sentence = f"The picture's host answered {response.status_code}: {response.url:.200}"
+        raise Problem(502, "link-failed", sentence)
     body = bytearray()
     while chunk := response.raw.read1(65536, decode_content=True):
         body += chunk
@@ -273,6 +300,7 @@ def fetch_all(urls: list[str], fetchers: Executor) -> list[bytes]:
         jobs = [fetchers.submit(fetch, url, lines) for url in urls]
         return [job.result(max(lines.deadline - time.monotonic(), 0)) for job in jobs]
     except TimeoutError as error:
-        raise Problem(504, "link-timeout", "The picture's host is too slow.") from error
+        slow = next((url for url, job in zip(urls, jobs, strict=True) if not job.done()), urls[0])
+        raise Problem(504, "link-timeout", f"The host is too slow: {slow:.200}") from error
     finally:
         lines.cut()

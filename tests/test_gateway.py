@@ -275,6 +275,29 @@ def test_malformed_requests(gateway, body):
     assert_problem(response, 400, "malformed-request")
 
 
+@pytest.mark.parametrize(
+    "chunks", [b"zz\r\n", b"-1\r\n", b"2\r\n{}XX0\r\n\r\n", b"2;\1\r\n{}\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("path", ["/predict", "/"])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_chunks_that_are_none(gateway, chunks, path, kind):
+    host, port = gateway.http.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+    head += f"Content-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(head.encode() + chunks)
+        client.shutdown(socket.SHUT_WR)
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert "Traceback" not in gateway.log.read_text()
+
+
+def test_json_that_is_long_but_does_not_say_so(gateway):
+    body = json.dumps({"url": "x" * 65536}).encode()
+    response = requests.post(f"{gateway.http}/predict", data=iter([body]), timeout=30)
+    assert_problem(response, 413, "request-entity-too-large")
+
+
 def test_too_many_links_and_a_form_without_a_file(gateway, pictures):
     assert_problem(link(gateway, *[f"http://{pictures}/"] * 17), 400, "malformed-request")
     response = requests.post(f"{gateway.http}/predict", files={"picture": PICTURE}, timeout=30)
@@ -325,7 +348,11 @@ def test_malformed_forms(gateway, form, status, cause):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "dress.png", "http://", "http://[::1", "http://a:99999/", "//a/b", "http://a b/"]
+    "url",
+    [
+        *("", "dress.png", "http://", "http://[::1", "http://a:99999/", "//a/b", "http://a b/"),
+        *("\0http:///dress.png", "ht\ttp:///", "\0http://127.0.0.1/", "\x1f//"),
+    ],
 )
 def test_malformed_links(gateway, url):
     assert_problem(link(gateway, url), 400, "link-malformed")
@@ -407,6 +434,9 @@ def test_one_bad_link_among_good_ones_is_named(gateway, pictures):
     assert "port" in problem["detail"]
     problem = assert_problem(link(gateway, good, "http://10.1.2.3/"), 400, "link-blocked")
     assert "http://10.1.2.3/" in problem["detail"]
+    gone, slow = f"http://{pictures}/gone", f"http://{pictures}/silent"
+    assert gone in assert_problem(link(gateway, good, gone), 502, "link-failed")["detail"]
+    assert slow in assert_problem(link(gateway, good, slow), 504, "link-timeout")["detail"]
 
 
 @pytest.mark.parametrize("page", ["slow-body", "slow-header", "silent"])

@@ -372,6 +372,7 @@ def test_models_that_are_gone_are_logged_for_us_alone(start_gateway, closed):
 def samples(gateway: Server) -> dict[tuple, float]:
     """All metrics, as Prometheus' own parser reads them."""
     response = requests.get(f"{gateway.http}/metrics", timeout=30)
+    assert response.headers["Content-Type"].count("charset") == 1
     assert response.headers["Content-Type"].startswith("text/plain")
     return {
         (sample.name, *sorted(sample.labels.items())): sample.value

@@ -722,6 +722,14 @@ def test_a_form_without_a_place_for_files(gateway: Server) -> None:
     assert "This is a hat" in page.text
 
 
+def test_the_form_says_when_to_come_back(start_gateway, closed: str) -> None:
+    gateway = start_gateway(closed, RATE_LIMIT="1 per hour")
+    for status in (503, 429):
+        page = requests.post(gateway.http, data={"sample": "hat"}, timeout=30)
+        assert page.status_code == status
+        assert int(page.headers["Retry-After"]) > 0
+
+
 def test_what_strangers_write_stays_text(gateway: Server) -> None:
     form = {"url": '"><b id=stranger>'}
     page = requests.post(gateway.http, files={"file": ("", b"")}, data=form, timeout=30)

@@ -255,6 +255,7 @@ ANSWERS = {
     "empty": lambda _: whole(b""),
     "many-headers": lambda _: whole(picture, *(f"X-{n}: x" for n in range(5000))),
     "long-header": lambda _: whole(picture, "X: " + "x" * 100_000),
+    "large-headers": lambda _: whole(picture, *["X: " + "x" * 60_000] * 90),
     "page": lambda _: whole(b"<!doctype html><p>no picture", "Content-Type: image/png"),
 }
 
