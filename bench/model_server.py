@@ -26,7 +26,12 @@ import grpc
 import numpy as np
 import psutil
 import tensorflow as tf
-from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+from tensorflow_serving.apis import (
+    get_model_status_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+)
 from tqdm import tqdm
 
 from bench.measure import CLIENTS, count_calls, free_port
@@ -41,8 +46,8 @@ WARM_UP = 4  # reloads until the memory allocator has all the space that it keep
 
 
 @contextlib.contextmanager
-def model_server(base_path: Path, *flags: str) -> Iterator[tuple[Any, psutil.Process]]:
-    """Start ``python -m model_server``; hand out a stub and the process."""
+def model_server(base_path: Path, *flags: str) -> Iterator[tuple[Any, Any, psutil.Process]]:
+    """Start ``python -m model_server``; hand out both services' stubs and the process."""
     port = free_port()
     process = subprocess.Popen(
         [
@@ -57,7 +62,8 @@ def model_server(base_path: Path, *flags: str) -> Iterator[tuple[Any, psutil.Pro
         with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
             grpc.channel_ready_future(channel).result(60)
             stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-            yield stub, psutil.Process(process.pid)
+            status_stub = model_service_pb2_grpc.ModelServiceStub(channel)
+            yield stub, status_stub, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -129,12 +135,18 @@ def wrong_answers(stub: Any, images: list[np.ndarray], expected: np.ndarray) -> 
     return count, right.count(False)
 
 
-def reload(stub: Any, base_path: Path, request: Any, version: int) -> None:
-    """Add a version and ask until it answers."""
+def reload(stub: Any, status_stub: Any, base_path: Path, request: Any, version: int) -> None:
+    """Add a version, and ask until it answers and the one before it has gone."""
     new = base_path / f"next-{version}"
     shutil.copytree(MODEL / "1", new, copy_function=os.link)
     new.rename(base_path / str(version))
     while stub.Predict(request).model_spec.version.value != version:
+        time.sleep(0.01)
+    of_old = get_model_status_pb2.GetModelStatusRequest()
+    of_old.model_spec.name = "clothing-model"
+    of_old.model_spec.version.value = version - 1
+    end = get_model_status_pb2.ModelVersionStatus.END
+    while status_stub.GetModelStatus(of_old).model_version_status[0].state != end:
         time.sleep(0.01)
     shutil.rmtree(base_path / str(version - 1))
 
@@ -161,8 +173,8 @@ def main() -> None:
         parameters.write_text(BATCHING)
         batching = ("--enable_batching", f"--batching_parameters_file={parameters}")
         with (
-            model_server(base_path) as (stub, process),
-            model_server(base_path, *batching) as (batched, _),
+            model_server(base_path) as (stub, status_stub, process),
+            model_server(base_path, *batching) as (batched, _, _),
         ):
             calls = {
                 "signature in this process": lambda: signature(inputs=one)["probabilities"].numpy(),
@@ -188,7 +200,7 @@ def main() -> None:
             show(f"Memory, {requests} requests", "MiB", dict(zip(moments, memory, strict=True)))
             memory = []
             for version in tqdm(range(2, WARM_UP + RELOADS + 2), "reloads", leave=False):
-                reload(stub, base_path, request, version)
+                reload(stub, status_stub, base_path, request, version)
                 memory.append(process.memory_info().rss / 2**20)
             memory = [memory[WARM_UP - 1], memory[-1]]
             show(f"Memory, {RELOADS} reloads", "MiB", dict(zip(moments, memory, strict=True)))
