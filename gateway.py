@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +28,7 @@ from flask import Flask, Response, g, render_template, request
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 from keras_image_helper import create_preprocessor
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import BadRequest, HTTPException
 
 import pictures
 import tfserving
@@ -140,17 +140,19 @@ class Signature(NamedTuple):
     output_name: str
 
 
-def read_signature(name: str, signature_def: tfserving.SignatureDef, version: int) -> Signature:
+def read_signature(offered: Mapping[str, tfserving.SignatureDef], version: int) -> Signature:
     """Return a signature's names, type and size; raise Problem where pictures do not fit it."""
-    tensors = [*signature_def.inputs.items(), *signature_def.outputs.items()]
+    wanted = SIGNATURE_NAME.split(",")
+    name = next((name for name in wanted if name in offered), wanted[-1])
+    tensors = [*offered[name].inputs.items(), *offered[name].outputs.items()]
     shapes = [[dim.size for dim in info.tensor_shape.dim] for _, info in tensors]
     match tensors, shapes:
         case [(input_name, info), (output_name, _)], [[_, height, width, 3], [_, classes]]:
             dtype = tfserving.numpy_dtype(info.dtype)
             if dtype.kind in "fu" and min(height, width) > 0 and classes == len(CLASS_NAMES):
                 return Signature(name, version, input_name, dtype, height, width, output_name)
-    wanted = f"pictures [-1, height, width, 3] and give {len(CLASS_NAMES)} numbers"
-    sentence = f"{name} must take {wanted}, one for each name in CLASS_NAMES_FILE"
+    fitting = f"pictures [-1, height, width, 3] and give {len(CLASS_NAMES)} numbers"
+    sentence = f"{name} must take {fitting}, one for each name in CLASS_NAMES_FILE"
     raise Problem(503, "model-unsuitable", f"{sentence}, but its shapes are {shapes}.")
 
 
@@ -169,10 +171,8 @@ def get_signature() -> Signature:
     stub, _ = connect()
     pb_response = stub.GetModelMetadata(pb_request, timeout=PREDICT_TIMEOUT_SECONDS)
     signatures = tfserving.SignatureDefMap.FromString(pb_response.metadata["signature_def"].value)
-    names = SIGNATURE_NAME.split(",")
-    name = next((name for name in names if name in signatures.signature_def), names[-1])
     version = pb_response.model_spec.version.value
-    signature = read_signature(name, signatures.signature_def[name], version)
+    signature = read_signature(signatures.signature_def, version)
     VERSION.set(signature.version)
     return signature
 
@@ -286,8 +286,6 @@ def predict() -> dict | list[dict]:
     check_caller(request.headers.get("Authorization", "").encode("latin-1"))
     try:
         is_form = request.mimetype == "multipart/form-data"
-        if not is_form and len(request.get_data()) == request.max_content_length:
-            raise RequestEntityTooLarge  # Werkzeug cuts a body that does not say its length
         body = request.form.to_dict() if is_form else request.get_json(force=True)
     except (BadRequest, RecursionError) as error:  # brackets in brackets in brackets ...
         raise Problem(400, "malformed-request", USAGE) from error

@@ -292,12 +292,6 @@ def test_chunks_that_are_none(gateway, chunks, path, kind):
     assert "Traceback" not in gateway.log.read_text()
 
 
-def test_json_that_is_long_but_does_not_say_so(gateway):
-    body = json.dumps({"url": "x" * 65536}).encode()
-    response = requests.post(f"{gateway.http}/predict", data=iter([body]), timeout=30)
-    assert_problem(response, 413, "request-entity-too-large")
-
-
 def test_too_many_links_and_a_form_without_a_file(gateway, pictures):
     assert_problem(link(gateway, *[f"http://{pictures}/"] * 17), 400, "malformed-request")
     response = requests.post(f"{gateway.http}/predict", files={"picture": PICTURE}, timeout=30)
