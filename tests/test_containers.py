@@ -252,9 +252,10 @@ def test_a_model_server_that_ran_out_of_memory_is_started_again(embedded_image: 
     status = f"http://127.0.0.1:{ports[1]}{STATUS}"
     with container("--restart=unless-stopped", *publish, embedded_image) as name:
         wait_for(name, status, b"AVAILABLE")
-        usage = docker("stats", "--no-stream", "--format={{.MemUsage}}", name)
-        number, unit = usage.split("iB")[0][:-1], usage.split("iB")[0][-1]
-        limit = f"{int(float(number) * {'M': 1, 'G': 1024}[unit]) + 100}m"
+        # What it took to load the model, which is more than it keeps, and a little.
+        peak = re.search(r"VmHWM:\s+(\d+) kB", docker("exec", name, "cat", "/proc/1/status"))
+        assert peak
+        limit = f"{int(peak[1]) // 1024 + 100}m"
         docker("update", f"--memory={limit}", f"--memory-swap={limit}", name)
 
         pb_request = tfserving.PredictRequest()
