@@ -1,16 +1,21 @@
 """Pictures of strangers: from a link or a file to RGB pixels, or a Problem that says why not."""
 
+import functools
 import http.client
+import logging
 import os
 import re
 import socket
+import ssl
 import threading
 import time
 from base64 import b64encode
-from concurrent.futures import Executor
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
 from contextlib import suppress
 from io import BytesIO
 from ipaddress import ip_address, ip_network
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
@@ -18,6 +23,7 @@ import requests
 import urllib3
 from multipart import MultipartError, MultipartParser, ParserLimitReached
 from PIL import Image, ImageOps
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from requests_hardened import ip_filter
 from requests_hardened.ip_filter_adapter import IPFilterAdapter
 from werkzeug.datastructures import FileStorage, MultiDict
@@ -31,6 +37,7 @@ IMAGE_TIMEOUT_SECONDS = float(env("IMAGE_TIMEOUT_SECONDS", "5"))
 ALLOWED_IMAGE_HOSTS = set(env("ALLOWED_IMAGE_HOSTS", "").lower().replace(",", " ").split())
 
 MAX_REDIRECTS, MAX_PARTS, MAX_READS, MAX_HEAD_BYTES = 3, 500, 500_000, 65536
+IDLE_SECONDS, MAX_IDLE = 1.0, 16  # how long connections are kept, and how many to an address
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORM_MEMORY_BYTES = 500_000  # larger parts of a form wait on the disk
 REQUEST_MAX_BYTES = 4 * IMAGE_MAX_BYTES  # behind all links of a request
@@ -93,13 +100,20 @@ class CountingFile(BytesIO):
         return super().read(size)
 
 
+def has_many(file: bytes, part: bytes) -> bool:
+    """Say whether a part is more than MAX_PARTS times in a file; that its start is not is quick."""
+    values = np.frombuffer(file, np.uint8)
+    starts = np.count_nonzero((values[:-1] == part[0]) & (values[1:] == part[1]))
+    return bool(starts > MAX_PARTS) and file.count(part) > MAX_PARTS
+
+
 def decode(file: bytes, largest: tuple[int, int], exactly: bool) -> Image.Image:
     """Return what a file shows as RGB, upright, on white and shrunk; raise what Pillow raises."""
     # A file of bytes copied again and again, of 1 MB unpacked from each KB, or of passes over all
     # pixels would take minutes; a picture has a few of each.
     is_jpeg = file.startswith(b"\xff\xd8")
     parts = (b"\xff\xda", b"Exif\0\0") if is_jpeg else (b"iCCP", b"Exif\0\0")
-    if any(file.count(part) > MAX_PARTS for part in parts):
+    if any(has_many(file, part) for part in parts):
         raise ValueError("too many parts")
     image: Image.Image = Image.open(CountingFile(file), formats=IMAGE_FORMATS)
     if image.width * image.height > IMAGE_MAX_PIXELS:
@@ -157,13 +171,17 @@ PUBLIC_IPV6, AZURE_METADATA = ip_network("2000::/3"), ip_network("168.63.129.16"
 NOT_PUBLIC = (*map(ip_network, ("::/3", "4000::/2", "8000::/1")), AZURE_METADATA)
 ip_filter.EXTRA_BLOCKED_NET_RANGES += NOT_PUBLIC
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")  # glibc would wait 10 s for a name
+resolvers = ThreadPoolExecutor(
+    512
+)  # so many lookups at a time; the system ends each in some seconds
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show links
 
 
-class Lines:
-    """The connections of one request to the hosts of its pictures; they end with its time."""
+class Errand:
+    """What one request may spend on its links, in all threads that follow them: time and bytes."""
 
     def __init__(self, seconds: float):
-        self.deadline, self.sockets = time.monotonic() + seconds, list[socket.socket]()
+        self.deadline = time.monotonic() + seconds
         self.bytes_left = REQUEST_MAX_BYTES
 
     def seconds_left(self) -> float:
@@ -172,21 +190,34 @@ class Lines:
             return seconds
         raise TimeoutError
 
-    def add(self, sock: socket.socket) -> socket.socket:
-        """Keep a second handle on a new socket, because TLS takes the first one over."""
-        self.sockets.append(sock.dup())
-        if time.monotonic() > self.deadline:  # the others have been cut already
-            sock.close()
-            self.cut()
-        self.seconds_left()
-        return sock
 
-    def cut(self) -> None:
-        """End all connections, also those whose hosts would send a byte a second for ever."""
-        self.deadline = 0
-        for sock in self.sockets:
-            with sock, suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+thread = threading.local()  # its `errand` is what a thread is about
+
+
+def look_up(host: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call what looks a host's name up, in a thread of its own: only that may miss a deadline."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return resolvers.submit(function, *args).result(thread.errand.seconds_left())
+    return function(*args)
+
+
+class Line(socket.socket):
+    """A socket that waits for no byte longer than the errand of its thread takes."""
+
+    used = 0.0
+
+    def recv_into(self, *args: Any) -> int:
+        """Receive bytes; raise TimeoutError when the time is over, however many keep coming."""
+        self.settimeout(thread.errand.seconds_left())
+        count = super().recv_into(*args)
+        self.used = time.monotonic()
+        return count
+
+
+class TLSLine(Line, ssl.SSLSocket):
+    """The same for https; the ssl module makes them."""
 
 
 class Answer(http.client.HTTPResponse):
@@ -211,33 +242,75 @@ class Answer(http.client.HTTPResponse):
             del stream.readline
 
 
-class Guard(IPFilterAdapter):
-    """Connects to no private address but an allowed host's, and lets Lines know."""
+class Connection(urllib3.connection.HTTPConnection):
+    """A connection to the host of a picture; the next request may use it, if it comes at once."""
 
-    def __init__(self, lines: Lines, is_https: bool, is_allowed: bool):
+    response_class = Answer
+
+    def _new_conn(self):
+        self.timeout = thread.errand.seconds_left()
+        line = Line(fileno=look_up(self.host, super()._new_conn).detach())
+        try:
+            line.settimeout(thread.errand.seconds_left())
+        except TimeoutError:
+            line.close()
+            raise
+        return line
+
+    @property
+    def is_connected(self):
+        """Say whether it can still be used: no host hangs up in the first second."""
+        used = getattr(self.sock, "used", 0)
+        return super().is_connected and time.monotonic() - used < IDLE_SECONDS
+
+
+class TLSConnection(Connection, urllib3.connection.HTTPSConnection):
+    """The same for https."""
+
+
+class Pool(urllib3.HTTPConnectionPool):
+    """The connections to one address."""
+
+    ConnectionCls = Connection
+
+
+class TLSPool(urllib3.HTTPSConnectionPool):
+    """The same for https."""
+
+    ConnectionCls = TLSConnection
+
+
+class Guard(IPFilterAdapter):
+    """Connects to no private address, except to one of an allowed host."""
+
+    def __init__(self, is_https: bool, is_allowed: bool):
         super().__init__(is_https)
-        self.lines = lines
-        self.looks_up = requests.adapters.HTTPAdapter if is_allowed else IPFilterAdapter
+        self.is_allowed = is_allowed
+
+    def init_poolmanager(self, connections, maxsize, block=False, **kwargs):
+        """Prepare for connections of the kinds above; to load the certificates takes 14 ms."""
+        context = urllib3.util.ssl_.create_urllib3_context()
+        context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
+        context.sslsocket_class = TLSLine
+        super().init_poolmanager(connections, MAX_IDLE, block, ssl_context=context, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TLSPool}
+
+    def cert_verify(self, conn, url, verify, cert):
+        """Leave it to the context, instead of loading all certificates for each connection."""
 
     def build_connection_pool_key_attributes(self, request, verify, cert=None):
         """Look the host up once, check the address, and have requests connect to just that."""
-        return self.looks_up.build_connection_pool_key_attributes(self, request, verify, cert)
-
-    def get_connection_with_tls_context(self, *args, **kwargs):
-        """Have every connection that is made noted."""
-        pool, lines = super().get_connection_with_tls_context(*args, **kwargs), self.lines
-
-        class Connection(pool.ConnectionCls):  # type: ignore[name-defined]
-            response_class = Answer
-
-            def _new_conn(self):
-                return lines.add(super()._new_conn())
-
-        pool.ConnectionCls = Connection
-        return pool
+        if self.is_allowed:
+            adapter = requests.adapters.HTTPAdapter
+            return adapter.build_connection_pool_key_attributes(self, request, verify, cert)
+        check = super().build_connection_pool_key_attributes
+        return look_up(urlsplit(request.url).hostname, check, request, verify, cert)
 
 
-def open_link(url: str, lines: Lines) -> requests.Response:
+get_guard = functools.cache(Guard)
+
+
+def open_link(url: str) -> requests.Response:
     """Connect, unless the address is private, and return the host's answer, its body unread."""
     prepared = requests.Request("GET", url, {"User-Agent": "clothing-gateway"}).prepare()
     parts = urlsplit(prepared.url or "")
@@ -253,32 +326,31 @@ def open_link(url: str, lines: Lines) -> requests.Response:
         raise ValueError(host)
     if ":" in host and not allowed and ip_address(host) not in PUBLIC_IPV6:
         raise ip_filter.InvalidIPAddress(host)
-    return Guard(lines, is_https, allowed).send(prepared, stream=True, timeout=lines.seconds_left())
+    return get_guard(is_https, allowed).send(prepared, stream=True)
 
 
-def read_body(response: requests.Response, lines: Lines) -> bytes:
-    """Return the unpacked body, counting its bytes and the time as they pass."""
+def read_body(response: requests.Response, errand: Errand) -> bytes:
+    """Return the unpacked body, counting its bytes as they pass."""
     if response.status_code != 200:
         sentence = f"The picture's host answered {response.status_code}: {response.url:.200}"
         raise Problem(502, "link-failed", sentence)
     body = bytearray()
-    while chunk := response.raw.read1(65536, decode_content=True):
+    while chunk := response.raw.read(1 << 18, decode_content=True):
         body += chunk
-        lines.bytes_left -= len(chunk)
-        if len(body) > IMAGE_MAX_BYTES or lines.bytes_left < 0:
+        errand.bytes_left -= len(chunk)
+        if len(body) > IMAGE_MAX_BYTES or errand.bytes_left < 0:
             raise RequestEntityTooLarge
-        lines.seconds_left()
     return bytes(body)
 
 
-def fetch(url: str, lines: Lines) -> bytes:
+def fetch(url: str, errand: Errand) -> bytes:
     """Return what a link and its redirects lead to, or raise Problem."""
-    start = url
+    start, thread.errand = url, errand
     try:
         for _ in range(1 + MAX_REDIRECTS):
-            with open_link(url, lines) as response:
+            with open_link(url) as response:
                 if not response.is_redirect:
-                    return read_body(response, lines)
+                    return read_body(response, errand)
                 url = urljoin(url, response.headers["Location"])
     except ip_filter.InvalidIPAddress as error:
         raise Problem(400, "link-blocked", f"A link to a private address: {url:.200}") from error
@@ -286,21 +358,21 @@ def fetch(url: str, lines: Lines) -> bytes:
         raise Problem(502, "link-failed", f"The host answers nonsense: {url:.200}") from error
     except ValueError as error:
         raise Problem(400, "link-malformed", f"No link to a picture: {url:.200}") from error
-    except (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError) as error:
-        raise Problem(504, "link-timeout", f"The host is too slow: {url:.200}") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+    except (TimeoutError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        if time.monotonic() > errand.deadline:
+            raise Problem(504, "link-timeout", f"The host is too slow: {url:.200}") from error
         raise Problem(502, "link-failed", f"The host does not answer: {url:.200}") from error
     raise Problem(502, "link-failed", f"More than {MAX_REDIRECTS} redirects: {start:.200}")
 
 
 def fetch_all(urls: list[str], fetchers: Executor) -> list[bytes]:
     """Return what the links lead to, all fetched at once, within IMAGE_TIMEOUT_SECONDS."""
-    lines = Lines(IMAGE_TIMEOUT_SECONDS)
-    try:
-        jobs = [fetchers.submit(fetch, url, lines) for url in urls]
-        return [job.result(max(lines.deadline - time.monotonic(), 0)) for job in jobs]
-    except TimeoutError as error:
-        slow = next((url for url, job in zip(urls, jobs, strict=True) if not job.done()), urls[0])
-        raise Problem(504, "link-timeout", f"The host is too slow: {slow:.200}") from error
-    finally:
-        lines.cut()
+    errand = Errand(IMAGE_TIMEOUT_SECONDS)
+    if len(urls) == 1:  # to wake another thread would cost as much as to fetch
+        return [fetch(urls[0], errand)]
+    jobs = [fetchers.submit(fetch, url, errand) for url in urls]
+    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+    if failed := [job for job in done if job.exception()]:
+        errand.deadline = 0  # for the others
+        wait(jobs)
+    return [job.result() for job in failed or jobs]

@@ -143,6 +143,47 @@ def test_names_that_are_none(predict):
         assert predict(url).cause == "link-failed"
 
 
+def count_new_connections(namespace: Namespace, predict: Callable[..., Answer], *urls: str) -> int:
+    """Predict one link after the other, each without a problem; return the connections made."""
+    namespace.ask("connections")
+    for url in urls:
+        answer = predict(url)
+        assert answer.status == 200, answer
+    return len(namespace.ask("connections"))
+
+
+def test_connections_are_kept_for_a_moment(namespace, predict):
+    kept = "http://six.test/kept"
+    first = count_new_connections(namespace, predict, kept)
+    assert first + count_new_connections(namespace, predict, *[kept] * 5) <= 2
+    time.sleep(1.1)  # longer than they are kept
+    assert count_new_connections(namespace, predict, kept) == 1
+
+
+@pytest.mark.parametrize("page", ["hung-up", "picture.png"])
+def test_connections_that_are_not_kept(namespace, predict, page):
+    """The host hangs up after its answer, and says so or not."""
+    links = [f"http://six.test/{page}"] * 4
+    assert count_new_connections(namespace, predict, *links) >= 3  # one may be there already
+
+
+def test_hosts_that_say_more_than_they_were_asked(namespace, predict):
+    """What they add is no answer to the next request."""
+    links = ["http://six.test/kept-with-more", "http://six.test/kept"] * 3
+    assert count_new_connections(namespace, predict, *links) <= 6
+
+
+def test_kept_connections_are_no_way_around_a_check(namespace, predict):
+    """Not for another name with the same address, nor for hosts that were slow in coming."""
+    assert predict("http://six.test/kept").status == 200
+    assert predict("http://six.test/kept-slow").cause == "link-timeout"
+    if namespace.certificate:
+        assert (
+            count_new_connections(namespace, predict, *["https://good.test/picture.png"] * 2) == 2
+        )
+        assert predict("https://alias.test/picture.png").cause == "link-failed"
+
+
 # Where no link may lead --------------------------------------------------------------------------
 
 PRIVATE_HOSTS = read_words("private-hosts.txt")
@@ -386,12 +427,21 @@ def test_slow_hosts_do_not_keep_good_links_waiting(predict, worker, page):
     eventually(lambda: predict(*good).status == 200, "good links are fetched", BOUND)
 
 
-def test_hosts_whose_names_come_too_late(namespace, predict, worker):
-    """Connections made after the answer are ended, too."""
+def test_hosts_whose_names_come_too_late(namespace, predict):
+    """Nobody connects to them any more."""
     namespace.ask("connections")
-    assert predict(*(f"http://h{n}.late.test/slow-body" for n in range(16))).cause == "link-timeout"
-    eventually(lambda: namespace.ask("connections"), "connections have come late")
-    eventually(lambda: count_connections(worker) == 0, "no late host is listened to", BOUND)
+    namespace.ask("answered")
+    links = [f"http://h{n}.late.test/slow-body" for n in range(16)]
+    assert predict(*links).cause == "link-timeout"
+    names: set[str] = set()
+
+    def all_answered() -> bool:
+        names.update(namespace.ask("answered"))
+        return names >= {f"h{n}.late.test" for n in range(16)}
+
+    eventually(all_answered, "the names are known, too late", BOUND)
+    assert predict("http://good.test/picture.png").status == 200
+    assert len(namespace.ask("connections")) == 1
 
 
 def test_memory_is_bounded(predict, worker):

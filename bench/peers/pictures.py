@@ -19,6 +19,8 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Can be as slow as a host that is far away."""
 
+    protocol_version = "HTTP/1.1"  # keeps connections, as hosts on the Internet do
+
     def do_GET(self):
         """Answer after as many milliseconds as the query says: /photo.jpg?50."""
         time.sleep(int(urlsplit(self.path).query or 0) / 1000)

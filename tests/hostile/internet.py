@@ -82,6 +82,7 @@ NAMES: dict[str, list[str] | str | tuple[str, ...] | None] = {
 queries: Counter[str] = Counter()
 visits: list[dict] = []
 connections: list[tuple[str, int]] = []
+answered: list[str] = []
 picture = (Path(__file__).parents[2] / "notebooks/samples/dress.png").read_bytes()
 
 
@@ -137,6 +138,7 @@ class Dns(socketserver.BaseRequestHandler):
         for name, record_kind, data in records:
             reply += name + struct.pack(">HHIH", record_kind, 1, 0, len(data)) + data
         sock.sendto(reply, self.client_address)
+        answered.append(".".join(labels))
 
 
 class Web(socketserver.StreamRequestHandler):
@@ -144,17 +146,23 @@ class Web(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         connections.append(self.client_address[:2])
+        while self.answer().startswith("kept"):
+            pass
+
+    def answer(self) -> str:
+        """Answer a request, if there is one, and return the first part of its path."""
         lines = []
         while (line := self.rfile.readline()) not in (b"\r\n", b"\n", b""):
             lines.append(line.decode("latin-1").strip())
         if not lines:
-            return
+            return ""
         path = lines[0].split(" ")[1]
         visits.append({"path": path, "headers": lines[1:], "to": self.request.getsockname()[:2]})
         page, _, argument = path.split("?")[0].lstrip("/").partition("/")
         with suppress(OSError):
             for part in ANSWERS.get(page, ANSWERS["missing"])(argument):
                 self.wfile.write(part)
+        return page
 
 
 def head(*headers: str, status: str = "200 OK") -> bytes:
@@ -196,6 +204,7 @@ def redirect(argument: str) -> list[bytes]:
     return whole(b"", f"Location: {unquote(target)}", status=f"{code} Elsewhere")
 
 
+KEPT = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(picture) + picture
 GZIP = head("Content-Encoding: gzip")
 CHUNKED = head("Transfer-Encoding: chunked")
 EMPTY_BLOCK = b"\0\0\0\xff\xff"  # deflate: nothing, and not the last
@@ -206,6 +215,10 @@ ANSWERS = {
     "picture.png": lambda _: whole(picture),
     "gzip": lambda _: whole(gzip.compress(picture), "Content-Encoding: gzip"),
     "chunked": lambda _: [CHUNKED, b"%x\r\n%s\r\n0\r\n\r\n" % (len(picture), picture)],
+    "kept": lambda _: [KEPT],
+    "kept-slow": lambda _: drip(b"HTTP/1.1 200 OK\r\nX: ", content=b"x"),
+    "kept-with-more": lambda _: [KEPT + b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"],
+    "hung-up": lambda _: [KEPT],
     "missing": lambda _: whole(b"", status="404 Not Found"),
     "status": lambda code: whole(picture, status=f"{code} Whatever"),
     "redirect": redirect,
@@ -373,6 +386,9 @@ def main() -> None:
             case "connections":
                 print(json.dumps(connections), flush=True)
                 connections.clear()
+            case "answered":
+                print(json.dumps(answered), flush=True)
+                answered.clear()
 
 
 if __name__ == "__main__":

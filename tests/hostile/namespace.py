@@ -111,7 +111,8 @@ class Namespace:
     def ask(self, question: str) -> list:
         """Ask what was ``caught`` where nothing may go, or for ``visits`` to the web.
 
-        A visitor has asked for something; ``connections`` are all that were made.
+        A visitor has asked for something; ``connections`` are all that were made. Names of which
+        addresses were sent are ``answered``.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
