@@ -83,12 +83,17 @@ class Namespace:
         shutil.rmtree(self.folder)
 
     def _make_certificate(self) -> Path | None:
-        """Make a certificate for good.test; None without the openssl command."""
+        """Make a certificate for good.test and six.test; None without the openssl command."""
         if not shutil.which("openssl"):
             return None
         path = self.folder / "certificate.pem"
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        command += ["-subj", "/CN=good.test", "-addext", "subjectAltName=DNS:good.test"]
+        command += [
+            "-subj",
+            "/CN=good.test",
+            "-addext",
+            "subjectAltName=DNS:good.test,DNS:six.test",
+        ]
         command += ["-keyout", str(path), "-out", str(self.folder / "public.pem")]
         subprocess.run(command, check=True, capture_output=True)
         with path.open("a") as stream:
