@@ -154,8 +154,8 @@ def count_new_connections(namespace: Namespace, predict: Callable[..., Answer], 
 
 def test_connections_are_kept_for_a_moment(namespace, predict):
     kept = "http://six.test/kept"
-    first = count_new_connections(namespace, predict, kept)
-    assert first + count_new_connections(namespace, predict, *[kept] * 5) <= 2
+    # A busy machine may take longer than they are kept, but not each time.
+    assert count_new_connections(namespace, predict, *[kept] * 6) < 6
     time.sleep(1.1)  # longer than they are kept
     assert count_new_connections(namespace, predict, kept) == 1
 
