@@ -171,9 +171,7 @@ PUBLIC_IPV6, AZURE_METADATA = ip_network("2000::/3"), ip_network("168.63.129.16"
 NOT_PUBLIC = (*map(ip_network, ("::/3", "4000::/2", "8000::/1")), AZURE_METADATA)
 ip_filter.EXTRA_BLOCKED_NET_RANGES += NOT_PUBLIC
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")  # glibc would wait 10 s for a name
-resolvers = ThreadPoolExecutor(
-    512
-)  # so many lookups at a time; the system ends each in some seconds
+resolvers = ThreadPoolExecutor(512)  # a lookup ends after some seconds, be it in vain
 logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show links
 
 
@@ -259,7 +257,7 @@ class Connection(urllib3.connection.HTTPConnection):
 
     @property
     def is_connected(self):
-        """Say whether it can still be used: no host hangs up in the first second."""
+        """Say whether it can still be used: few hosts hang up in the first second."""
         used = getattr(self.sock, "used", 0)
         return super().is_connected and time.monotonic() - used < IDLE_SECONDS
 
@@ -286,6 +284,10 @@ class Guard(IPFilterAdapter):
     def __init__(self, is_https: bool, is_allowed: bool):
         super().__init__(is_https)
         self.is_allowed = is_allowed
+        # Once more where a host ends a kept connection as the request arrives, as browsers do.
+        self.max_retries = urllib3.Retry(
+            1, connect=0, redirect=0, status=0, other=0, respect_retry_after_header=False
+        )
 
     def init_poolmanager(self, connections, maxsize, block=False, **kwargs):
         """Prepare for connections of the kinds above; to load the certificates takes 14 ms."""

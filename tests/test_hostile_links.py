@@ -167,6 +167,11 @@ def test_connections_that_are_not_kept(namespace, predict, page):
     assert count_new_connections(namespace, predict, *links) >= 3  # one may be there already
 
 
+def test_connections_that_end_as_they_are_used(namespace, predict):
+    links = ["http://six.test/kept-once"] * 4
+    count_new_connections(namespace, predict, *links)
+
+
 def test_hosts_that_say_more_than_they_were_asked(namespace, predict):
     """What they add is no answer to the next request."""
     links = ["http://six.test/kept-with-more", "http://six.test/kept"] * 3

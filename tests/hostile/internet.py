@@ -146,10 +146,11 @@ class Web(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         connections.append(self.client_address[:2])
-        while self.answer().startswith("kept"):
-            pass
+        page = self.answer()
+        while page.startswith("kept"):
+            page = self.answer(again=True)
 
-    def answer(self) -> str:
+    def answer(self, again: bool = False) -> str:
         """Answer a request, if there is one, and return the first part of its path."""
         lines = []
         while (line := self.rfile.readline()) not in (b"\r\n", b"\n", b""):
@@ -159,6 +160,8 @@ class Web(socketserver.StreamRequestHandler):
         path = lines[0].split(" ")[1]
         visits.append({"path": path, "headers": lines[1:], "to": self.request.getsockname()[:2]})
         page, _, argument = path.split("?")[0].lstrip("/").partition("/")
+        if again and page == "kept-once":
+            return "hung up"
         with suppress(OSError):
             for part in ANSWERS.get(page, ANSWERS["missing"])(argument):
                 self.wfile.write(part)
@@ -216,6 +219,7 @@ ANSWERS = {
     "gzip": lambda _: whole(gzip.compress(picture), "Content-Encoding: gzip"),
     "chunked": lambda _: [CHUNKED, b"%x\r\n%s\r\n0\r\n\r\n" % (len(picture), picture)],
     "kept": lambda _: [KEPT],
+    "kept-once": lambda _: [KEPT],  # and ended when the next request comes
     "kept-slow": lambda _: drip(b"HTTP/1.1 200 OK\r\nX: ", content=b"x"),
     "kept-with-more": lambda _: [KEPT + b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"],
     "hung-up": lambda _: [KEPT],
