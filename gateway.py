@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,9 @@ app.json.sort_keys = False  # type: ignore[attr-defined]  # classes stay in the 
 
 stopping = threading.Event()  # gunicorn.conf.py sets it when the process is asked to end
 places = threading.BoundedSemaphore(MAX_IN_FLIGHT)
-fetchers = ThreadPoolExecutor(MAX_IN_FLIGHT * MAX_LINKS)  # no picture waits for another's slow host
+MAX_GALLERIES = max(1, MAX_IN_FLIGHT // 4)  # requests with several links, for all their bytes
+galleries = threading.BoundedSemaphore(MAX_GALLERIES)
+fetchers = ThreadPoolExecutor(MAX_GALLERIES * MAX_LINKS)  # none waits for another's slow host
 limiter = Limiter(get_remote_address, app=app, enabled=bool(RATE_LIMIT), storage_uri="memory://")
 access_log = logging.getLogger("access")
 access_log.addHandler(logging.StreamHandler(sys.stdout))
@@ -267,17 +269,17 @@ def read_files(body: Any) -> list[bytes]:
 @SECONDS.labels("all").time()
 def answer_body(body: Any) -> list[dict]:
     """Classify the pictures of a request, unless too many are being answered already."""
-    if not places.acquire(blocking=False):
-        raise Problem(503, "too-busy", "Too many pictures at a time; try again soon.")
-    try:
-        with IN_FLIGHT.track_inprogress():
-            answers = classify(files := read_files(body))
-            if body.get("preview"):
-                for answer, file in zip(answers, files, strict=True):
-                    answer["preview"] = pictures.make_preview(file)
-            return answers
-    finally:
-        places.release()
+    is_gallery = isinstance(body, dict) and "urls" in body
+    with ExitStack() as stack:
+        for seats in (places, galleries) if is_gallery else (places,):
+            if not seats.acquire(blocking=False):
+                raise Problem(503, "too-busy", "Too many pictures at a time; try again soon.")
+            stack.callback(seats.release)
+        stack.enter_context(IN_FLIGHT.track_inprogress())
+        answers = classify(files := read_files(body))
+        for answer, file in zip(answers, files, strict=True) if body.get("preview") else ():
+            answer["preview"] = pictures.make_preview(file)
+        return answers
 
 
 @app.post("/predict")

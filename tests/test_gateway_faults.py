@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
+import yaml
 from conftest import (
     ROOT,
     Server,
@@ -564,6 +565,57 @@ def test_overload_by_a_slow_picture_host(start_gateway, model_server, pictures):
     assert is_good(post(gateway))
     slow = {"json": {"url": f"http://{pictures}/slow"}}
     check_refusals(gateway, 200, SlowHost.hold.set, **slow)
+
+
+def test_overload_by_requests_with_several_links(start_gateway, model_server, pictures):
+    """They get a quarter of the places, and the rest is for others."""
+    gateway = start_gateway(
+        model_server.grpc,
+        MAX_IN_FLIGHT="4",
+        IMAGE_TIMEOUT_SECONDS="60",
+        ALLOWED_IMAGE_HOSTS=pictures,
+    )
+    slow, quick = f"http://{pictures}/slow", f"http://{pictures}/quick"
+    with ThreadPoolExecutor(1) as pool:
+        kept = pool.submit(post, gateway, json={"urls": [slow, quick]})
+        eventually(lambda: in_flight(gateway) == 1, "a quarter of the places is taken")
+        for _ in range(3):
+            refused = post(gateway, json={"urls": [quick, quick]})
+            assert (refused.status, refused.cause) == (503, "too-busy")
+            assert int(refused.headers["Retry-After"]) > 0
+            assert post(gateway, json={"url": quick}).status == 200
+        assert not kept.done()
+        SlowHost.hold.set()
+        assert kept.result().status == 200
+    assert in_flight(gateway) == 0
+    assert post(gateway, json={"urls": [quick, quick]}).status == 200
+
+
+class HostOfLarge(WebHost):
+    """A host of pictures that are small, with bytes behind them that nobody needs."""
+
+    content = SAMPLE + bytes(2_300_000)
+
+    def do_GET(self):
+        self.answer(200, self.content)
+
+
+def test_memory_while_many_send_many_large_links(start_gateway, model_server):
+    """It stays within what the container may have."""
+    manifest = yaml.safe_load((ROOT / "kube-config/base/gateway-deployment.yaml").read_text())
+    [container] = manifest["spec"]["template"]["spec"]["containers"]
+    limit = int(container["resources"]["limits"]["memory"].removesuffix("Mi")) * 2**20
+    with serve(HostOfLarge) as address, ThreadPoolExecutor(32) as pool:
+        gateway = start_gateway(
+            model_server.grpc, ALLOWED_IMAGE_HOSTS=address, IMAGE_TIMEOUT_SECONDS="60"
+        )
+        body = {"urls": [f"http://{address}/{number}" for number in range(16)]}
+        answers = [*pool.map(lambda _: post(gateway, json=body), range(32))]
+        status = Path(f"/proc/{workers(gateway)[0].pid}/status").read_text()
+    causes = Counter("" if answer.status == 200 else answer.cause for answer in answers)
+    assert causes.keys() <= {"", "too-busy"} and causes[""] >= 8, causes
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    assert peak < 0.75 * limit, f"{peak:,} of {limit:,} bytes"
 
 
 def test_overload_by_a_frozen_model_server(start_gateway, model_server):
