@@ -537,6 +537,11 @@ def pictures() -> Iterator[str]:
         SlowHost.hold.set()
 
 
+def patient(host: str) -> dict[str, str]:
+    """Have a gateway wait a minute for pictures of this host."""
+    return {"IMAGE_TIMEOUT_SECONDS": "60", "ALLOWED_IMAGE_HOSTS": host}
+
+
 def check_refusals(gateway: Server, ready: int, let_go: Callable[[], object], **slow: Any) -> None:
     """Fill both places with slow requests; see that others are refused until they are done."""
     with ThreadPoolExecutor(40) as pool:
@@ -556,12 +561,7 @@ def check_refusals(gateway: Server, ready: int, let_go: Callable[[], object], **
 
 
 def test_overload_by_a_slow_picture_host(start_gateway, model_server, pictures):
-    gateway = start_gateway(
-        model_server.grpc,
-        MAX_IN_FLIGHT="2",
-        IMAGE_TIMEOUT_SECONDS="60",
-        ALLOWED_IMAGE_HOSTS=pictures,
-    )
+    gateway = start_gateway(model_server.grpc, MAX_IN_FLIGHT="2", **patient(pictures))
     assert is_good(post(gateway))
     slow = {"json": {"url": f"http://{pictures}/slow"}}
     check_refusals(gateway, 200, SlowHost.hold.set, **slow)
@@ -569,12 +569,7 @@ def test_overload_by_a_slow_picture_host(start_gateway, model_server, pictures):
 
 def test_overload_by_requests_with_several_links(start_gateway, model_server, pictures):
     """They get a quarter of the places, and the rest is for others."""
-    gateway = start_gateway(
-        model_server.grpc,
-        MAX_IN_FLIGHT="4",
-        IMAGE_TIMEOUT_SECONDS="60",
-        ALLOWED_IMAGE_HOSTS=pictures,
-    )
+    gateway = start_gateway(model_server.grpc, MAX_IN_FLIGHT="4", **patient(pictures))
     slow, quick = f"http://{pictures}/slow", f"http://{pictures}/quick"
     with ThreadPoolExecutor(1) as pool:
         kept = pool.submit(post, gateway, json={"urls": [slow, quick]})
@@ -606,9 +601,7 @@ def test_memory_while_many_send_many_large_links(start_gateway, model_server):
     [container] = manifest["spec"]["template"]["spec"]["containers"]
     limit = int(container["resources"]["limits"]["memory"].removesuffix("Mi")) * 2**20
     with serve(HostOfLarge) as address, ThreadPoolExecutor(32) as pool:
-        gateway = start_gateway(
-            model_server.grpc, ALLOWED_IMAGE_HOSTS=address, IMAGE_TIMEOUT_SECONDS="60"
-        )
+        gateway = start_gateway(model_server.grpc, **patient(address))
         body = {"urls": [f"http://{address}/{number}" for number in range(16)]}
         answers = [*pool.map(lambda _: post(gateway, json=body), range(32))]
         status = Path(f"/proc/{workers(gateway)[0].pid}/status").read_text()
