@@ -188,20 +188,19 @@ def stage(name: str) -> Iterator[None]:
         g.seconds[name] = g.seconds.get(name, 0) + time.perf_counter() - start
 
 
-def prepare(file: bytes, signature: Signature) -> np.ndarray:
+def prepare(file: bytes, signature: Signature, deadline: float) -> np.ndarray:
     """Return a picture as the model takes it, [1, height, width, 3], floats scaled to -1 ... 1."""
     preprocessor = create_preprocessor("xception", target_size=(signature.width, signature.height))
-    image = pictures.read_picture(file, preprocessor.target_size)
+    image = pictures.read_picture(file, preprocessor.target_size, deadline)
     if signature.dtype.kind == "u":  # a model that wants plain pixels scales them itself
         return np.array(image, signature.dtype)[np.newaxis]
     return preprocessor.convert_to_tensor(image).astype(signature.dtype)
 
 
-def ask(files: list[bytes], signature: Signature, timeout: float) -> tfserving.PredictResponse:
+def ask(files: list[bytes], signature: Signature, deadline: float) -> tfserving.PredictResponse:
     """Send all pictures to the model server in one Predict request."""
-    deadline = time.monotonic() + timeout
     with stage("decode"):
-        batch = np.concatenate([prepare(file, signature) for file in files])
+        batch = np.concatenate([prepare(file, signature, deadline) for file in files])
     pb_request = tfserving.PredictRequest()
     pb_request.model_spec.name = MODEL_NAME
     pb_request.model_spec.signature_name = signature.name
@@ -216,13 +215,12 @@ def ask(files: list[bytes], signature: Signature, timeout: float) -> tfserving.P
 OUTDATED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 
 
-def classify(files: list[bytes]) -> list[dict]:
+def classify(files: list[bytes], deadline: float) -> list[dict]:
     """Return the answer for each picture; ask twice where the model was replaced meanwhile."""
-    deadline = time.monotonic() + PREDICT_TIMEOUT_SECONDS
     for attempt in range(2):
         signature = get_signature()
         try:
-            pb_response = ask(files, signature, deadline - time.monotonic())
+            pb_response = ask(files, signature, deadline)
             if pb_response.model_spec.version.value == signature.version:
                 break
         except grpc.RpcError as error:
@@ -276,9 +274,10 @@ def answer_body(body: Any) -> list[dict]:
                 raise Problem(503, "too-busy", "Too many pictures at a time; try again soon.")
             stack.callback(seats.release)
         stack.enter_context(IN_FLIGHT.track_inprogress())
-        answers = classify(files := read_files(body))
+        files, deadline = read_files(body), time.monotonic() + PREDICT_TIMEOUT_SECONDS
+        answers = classify(files, deadline)
         for answer, file in zip(answers, files, strict=True) if body.get("preview") else ():
-            answer["preview"] = pictures.make_preview(file)
+            answer["preview"] = pictures.make_preview(file, deadline)
         return answers
 
 

@@ -52,8 +52,8 @@ OTHER_FORMATS = {
     "SVG": rb".*<svg",
     "HTML": rb".*<html",
 }
-decoders = threading.BoundedSemaphore(2)  # bounds the memory that pixels take
-Image.MAX_IMAGE_PIXELS = None  # read_pixels() has a limit of its own
+decoder = threading.Lock()  # held by the one picture whose pixels, up to 0.5 GB, are in memory
+Image.MAX_IMAGE_PIXELS = None  # decode() has a limit of its own
 
 
 class Problem(HTTPException):
@@ -138,29 +138,34 @@ def decode(file: bytes, largest: tuple[int, int], exactly: bool) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_picture(file: bytes, size: tuple[int, int], exactly: bool = True) -> Image.Image:
-    """Return a picture as RGB, upright and on white; raise Problem (413 or 415).
+def read_picture(
+    file: bytes, size: tuple[int, int], deadline: float, exactly: bool = True
+) -> Image.Image:
+    """Return a picture as RGB, upright and on white; raise Problem (413, 415, or 503).
 
-    It has this (width, height), or at most this and its own proportions.
+    It has this (width, height), or at most this and its own proportions. One picture is decoded
+    at a time; others wait for it until the deadline, in seconds of `time.monotonic()`.
     """
     if len(file) > IMAGE_MAX_BYTES:
         raise RequestEntityTooLarge
+    if not decoder.acquire(timeout=max(0, deadline - time.monotonic())):
+        raise Problem(503, "too-busy", "Too many large pictures at a time; try again soon.")
     try:
-        with decoders:
-            return decode(file, size, exactly)
+        return decode(file, size, exactly)
     except RequestEntityTooLarge:
         raise
-    except Exception as error:  # broken files make Pillow raise many kinds of error
+    except Exception:  # broken files make Pillow raise many kinds of error, which hold its pixels
         start = file[:256].lower()
-        names = (name for name, magic in OTHER_FORMATS.items() if re.match(magic, start, re.S))
-        sentence = f"{next(names, 'This file')} cannot be read as a picture"
-        readable = ", ".join(IMAGE_FORMATS)
-        raise Problem(415, "not-a-picture", f"{sentence}; {readable} can.") from error
+    finally:
+        decoder.release()
+    names = (name for name, magic in OTHER_FORMATS.items() if re.match(magic, start, re.S))
+    sentence = f"{next(names, 'This file')} cannot be read as a picture"
+    raise Problem(415, "not-a-picture", f"{sentence}; {', '.join(IMAGE_FORMATS)} can.")
 
 
-def make_preview(file: bytes) -> str:
+def make_preview(file: bytes, deadline: float) -> str:
     """Return a picture, at most 320 × 320, as a data URI: the website loads from nobody else."""
-    image = read_picture(file, (640, 640), exactly=False)
+    image = read_picture(file, (640, 640), deadline, exactly=False)
     image.thumbnail((320, 320))
     image.save(stream := BytesIO(), "WEBP")
     return f"data:image/webp;base64,{b64encode(stream.getvalue()).decode()}"

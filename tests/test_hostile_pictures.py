@@ -22,7 +22,7 @@ from conftest import ROOT, Server, encode, turned
 from PIL import Image, ImageCms, ImageOps
 
 MAX_PIXELS, MAX_BYTES, BOUND = 4_000_000, 10_000_000, 20
-MEMORY = 2 * MAX_PIXELS * 32 + 4 * MAX_BYTES  # 32 bytes a pixel: the same in several modes
+MEMORY = MAX_PIXELS * 32 + 4 * MAX_BYTES  # 32 bytes a pixel: the same in several modes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 SHOES = Image.open(ROOT / "notebooks/samples/shoes.png").convert("RGB")
 DRESS = Image.open(ROOT / "notebooks/samples/dress.png").convert("RGB")
@@ -515,7 +515,7 @@ def worker(gateway: Server) -> psutil.Process:
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory(gateway: Server, worker: psutil.Process) -> Iterator[None]:
-    """The worker's peak, over all tests here, is what it needs anyway and two pictures' pixels."""
+    """The worker's peak, over all tests here, is what it needs anyway and a picture's pixels."""
     send(gateway, encode(SHOES, "PNG"))
     before = worker.memory_info().rss
     yield
@@ -597,7 +597,7 @@ def test_the_file_name_means_nothing(gateway, name):
 
 
 def test_many_large_pictures_at_once(gateway):
-    """The memory that they take, which bounded_memory looks at, is that of two."""
+    """The memory that they take, which bounded_memory looks at, is that of one."""
     large = encode(cut_out().resize((2000, 2000)), "PNG", compress_level=1)
     with ThreadPoolExecutor(8) as clients:
         statuses = [*clients.map(lambda _: send(gateway, large)["status"], range(8))]
