@@ -3,18 +3,12 @@
 It is made of the cells tagged `gateway` in notebooks/04-flask-gateway.ipynb; change it there.
 """
 
-import errno
 import functools
 import hmac
-import json
-import logging
 import mimetypes
 import os
-import re
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -25,17 +19,18 @@ import grpc
 import numpy as np
 import prometheus_client as prometheus
 from flask import Flask, Response, g, render_template, request
-from flask_limiter import Limiter
-from flask_limiter.util import get_remote_address
 from keras_image_helper import create_preprocessor
 from werkzeug.exceptions import BadRequest, HTTPException
 
 import pictures
 import tfserving
+import web
 from pictures import Problem
 
 app = Flask(__name__, static_folder="website/static", template_folder="website")
 app.request_class.form_data_parser_class = pictures.FormParser
+web.limiter.init_app(app)
+app.register_blueprint(web.blueprint)
 env = os.environ.get
 TF_SERVING_HOST = env("TF_SERVING_HOST", "localhost:8500")
 MODEL_NAME = env("MODEL_NAME", "clothing-model")
@@ -44,14 +39,13 @@ PREDICT_TIMEOUT_SECONDS = float(env("PREDICT_TIMEOUT_SECONDS", "20"))
 CLASS_NAMES_FILE = env("CLASS_NAMES_FILE", f"{app.root_path}/model_server/classes.txt")
 CLASS_NAMES = Path(CLASS_NAMES_FILE).read_text(encoding="utf-8").splitlines()
 GATEWAY_API_KEY = env("GATEWAY_API_KEY", "")
-RATE_LIMIT = env("RATE_LIMIT", "")
 MAX_IN_FLIGHT = int(env("MAX_IN_FLIGHT", "32"))
 
 MAX_LINKS = 16
 SAMPLES = {path.stem: path for path in Path(app.root_path).glob("website/static/samples/*.webp")}
 mimetypes.add_type("image/webp", ".webp")  # Python 3.11 in a slim image does not know it
 USAGE = f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}} or a form with a file.'
-app.config["MAX_CONTENT_LENGTH"] = pictures.IMAGE_MAX_BYTES + 65536  # a form is around it
+app.config["MAX_CONTENT_LENGTH"] = web.FORM_MAX_BYTES
 app.json.sort_keys = False  # type: ignore[attr-defined]  # classes stay in the model's order
 
 stopping = threading.Event()  # gunicorn.conf.py sets it when the process is asked to end
@@ -59,75 +53,10 @@ places = threading.BoundedSemaphore(MAX_IN_FLIGHT)
 MAX_GALLERIES = max(1, MAX_IN_FLIGHT // 4)  # requests with several links, for all their bytes
 galleries = threading.BoundedSemaphore(MAX_GALLERIES)
 fetchers = ThreadPoolExecutor(MAX_GALLERIES * MAX_LINKS)  # none waits for another's slow host
-limiter = Limiter(get_remote_address, app=app, enabled=bool(RATE_LIMIT), storage_uri="memory://")
-access_log = logging.getLogger("access")
-access_log.addHandler(logging.StreamHandler(sys.stdout))
-access_log.setLevel(logging.INFO)
 
-registry = prometheus.CollectorRegistry()
-IN_FLIGHT = prometheus.Gauge("gateway_in_flight", "Predictions in progress", registry=registry)
-PROBLEMS = prometheus.Counter("gateway_problems", "Problems", ["cause"], registry=registry)
-SECONDS = prometheus.Histogram("gateway_seconds", "Time taken", ["stage"], registry=registry)
-VERSION = prometheus.Gauge("gateway_model_version", "Version of the model", registry=registry)
-
-
-@app.errorhandler(HTTPException)
-def answer_problem(error: HTTPException) -> Response:
-    """Answer with a problem (RFC 9457), be it ours, Flask's own or a mistake in this file (500)."""
-    if getattr(getattr(error, "original_exception", None), "errno", None) == errno.ENOSPC:
-        error = Problem(503, "too-busy", "No place for so many uploads at a time; try again soon.")
-    g.cause = getattr(error, "cause", error.name.lower().replace(" ", "-"))
-    PROBLEMS.labels(g.cause).inc()
-    kind, title = f"tag:clothing-gateway,2026:{g.cause}", g.cause.replace("-", " ").capitalize()
-    detail = {413: pictures.TOO_BIG, 429: f"More requests than {RATE_LIMIT}; wait a little."}
-    body = {"type": kind, "title": title, "status": error.code}
-    body["detail"] = detail.get(error.code or 0, error.description)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "2"}}.get(error.code or 0)
-    response = Response(json.dumps(body), error.code, headers, "application/problem+json")
-    response.allow.update(getattr(error, "valid_methods", None) or [])
-    if error.code == 429 and limiter.current_limit:
-        response.headers["Retry-After"] = str(limiter.current_limit.reset_at - int(time.time()))
-    return response
-
-
-@app.errorhandler(grpc.RpcError)
-def answer_rpc_error(error: grpc.RpcError) -> Response:
-    """Answer when the model server did not; what it said goes to the log, not to strangers."""
-    app.logger.warning("%s: the model server: %s %s", g.id, error.code(), error.details())
-    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return answer_problem(Problem(504, "model-timeout", "The model server is too slow."))
-    sentence = f"The model server gives no answer ({error.code().name}); try again soon."
-    return answer_problem(Problem(503, "model-unavailable", sentence))
-
-
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
-    " img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none';"
-    " frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
-
-@app.before_request
-def begin() -> None:
-    """Give the request an id, its caller's if that is a plain one, and start its clock."""
-    given = request.headers.get("X-Request-ID", "")
-    g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
-    g.start, g.seconds, g.cause = time.perf_counter(), {}, None
-    if request.mimetype != "multipart/form-data":
-        request.max_content_length = 65536  # lists in lists take 30 times their bytes when parsed
-
-
-@app.after_request
-def finish(response: Response) -> Response:
-    """Write one line to the log, without the query, which may hold somebody's secret."""
-    response.headers.update(HEADERS | {"X-Request-ID": g.id})
-    seconds = {"all": time.perf_counter() - g.start} | g.seconds
-    line = {"time": time.time(), "id": g.id, "client": request.remote_addr, "cause": g.cause}
-    line |= {"method": request.method, "path": request.path, "status": response.status_code}
-    access_log.info(json.dumps(line | {"seconds": {k: round(v, 6) for k, v in seconds.items()}}))
-    return response
+IN_FLIGHT = prometheus.Gauge("gateway_in_flight", "Predictions in progress", registry=web.registry)
+SECONDS = prometheus.Histogram("gateway_seconds", "Time taken", ["stage"], registry=web.registry)
+VERSION = prometheus.Gauge("gateway_model_version", "Version of the model", registry=web.registry)
 
 
 class Signature(NamedTuple):
@@ -240,7 +169,7 @@ def describe(probabilities: list[float], model_spec: tfserving.ModelSpec) -> dic
     return answer | {"model": model, "seconds": {k: round(v, 6) for k, v in g.seconds.items()}}
 
 
-@limiter.shared_limit(lambda: RATE_LIMIT, "pictures")
+@web.limiter.shared_limit(lambda: web.RATE_LIMIT, "pictures")
 def check_caller(given: bytes) -> None:
     """Raise Problem unless this is the key, if there is one, and not too often."""
     if GATEWAY_API_KEY and not hmac.compare_digest(given, f"Bearer {GATEWAY_API_KEY}".encode()):
@@ -316,7 +245,7 @@ def index() -> Response:
 @app.get("/metrics")
 def metrics() -> Response:
     """Answer with the counts and times that Prometheus collects."""
-    text = prometheus.generate_latest(registry)
+    text = prometheus.generate_latest(web.registry)
     return Response(text, content_type=prometheus.CONTENT_TYPE_LATEST)
 
 

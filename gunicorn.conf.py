@@ -61,13 +61,29 @@ class Worker(ThreadWorker):
         return ThreadPoolExecutor(self.size)
 
     def load_wsgi(self):
-        """Answer a body in chunks that are none like other mistakes: it shows as they are read."""
+        """Answer a body in chunks that are none like other mistakes: it shows as they are read.
+
+        And say `Connection: close` where a body was not read to its end. gunicorn reads no more
+        than 64 KB of the rest before it closes, and clients that did not know would lose their
+        next request.
+        """
         import gateway
+        import web
 
         super().load_wsgi()
-        gateway.app.register_error_handler(
-            ParseException, lambda _: gateway.answer_problem(NO_HTTP)
-        )
+        gateway.app.register_error_handler(ParseException, lambda _: web.answer_problem(NO_HTTP))
+        answer = self.wsgi
+
+        def wsgi(environ, start_response):
+            def start(*arguments):
+                reader = environ["wsgi.input"].reader
+                if getattr(reader, "length", 0) or getattr(reader, "parser", None):
+                    start_response.__self__.force_close()
+                return start_response(*arguments)
+
+            return answer(environ, start)
+
+        self.wsgi = wsgi
 
     def handle(self, conn):
         """Answer a client, and again if it asks again at once.
@@ -106,12 +122,13 @@ class Worker(ThreadWorker):
     def handle_error(self, req, client, addr, exc):
         """Answer what is not HTTP like other mistakes; gunicorn would log it, with its secrets."""
         import gateway
+        import web
 
         if not isinstance(exc, ParseException):
             return super().handle_error(req, client, addr, exc)
         with gateway.app.test_request_context(environ_base={"REMOTE_ADDR": addr[0]}):
-            gateway.begin()
-            answer = gateway.finish(gateway.answer_problem(NO_HTTP))
+            web.begin()
+            answer = web.finish(web.answer_problem(NO_HTTP))
         answer.headers["Connection"] = "close"
         with suppress(OSError):
             client.sendall(f"HTTP/1.1 {answer.status}\r\n{answer.headers}".encode() + answer.data)

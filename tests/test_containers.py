@@ -126,7 +126,7 @@ def test_the_context_holds_only_what_the_images_copy(
     found = docker("run", "--rm", image, "find", "/context", "-type", "f").splitlines()
     names = {file.removeprefix("/context/").split("/")[0] for file in found}
     assert names - {"build"} == {
-        *("Pipfile", "Pipfile.lock", "gateway.py", "pictures.py", "gunicorn.conf.py"),
+        *("Pipfile", "Pipfile.lock", "gateway.py", "pictures.py", "web.py", "gunicorn.conf.py"),
         *("tfserving", "website", "model_server"),
     }
     built = [file for file in found if file.startswith("/context/build/")]
@@ -490,6 +490,18 @@ def test_the_worst_pictures_of_many_clients_fit_into_the_limit(stack: Stack) -> 
     assert kills and kills[1] == "0", f"killed for its memory {kills}: {statuses}"
     assert statuses.keys() <= {200, 503, 504}, statuses  # late on a busy machine
     assert inspect(gateway["Name"], ".RestartCount") == "0"
+
+
+def test_no_upload_is_lost_where_too_many_come_at_a_time(stack: Stack) -> None:
+    """Those that fit into the folder on their way are answered, others are told to come again."""
+    files = [SAMPLES[0].read_bytes().ljust(9_900_000, b"\0")] * 60
+    with ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(lambda file: classify(stack.url, file), files))
+    statuses = Counter(answer.status_code for answer in answers)
+    assert statuses.keys() == {200, 503} and statuses[200] >= 20, statuses
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert all(answer.headers["Retry-After"] == "2" for answer in refused)
+    assert {answer.json()["type"].rpartition(":")[2] for answer in refused} == {"too-busy"}
 
 
 def test_two_model_servers_share_the_work_and_one_may_fall(stack: Stack) -> None:

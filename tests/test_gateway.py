@@ -674,6 +674,26 @@ def test_tensorflow_is_not_imported():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("path", "options", "status"),
+    [
+        ("/predict", lambda: {"files": {"file": bytes(11_000_000)}}, 413),
+        ("/predict", lambda: {"json": {"url": "a" * 200_000}}, 413),
+        ("/predict", lambda: {"data": iter([bytes(100_000)] * 9)}, 400),
+        ("/nowhere", lambda: {"data": bytes(200_000)}, 404),
+    ],
+    ids=["upload", "JSON", "chunks", "nowhere"],
+)
+def test_who_sent_what_nobody_read_can_ask_again(gateway, path, options, status):
+    """The answer says that the connection ends, so that the next request takes another one."""
+    with requests.Session() as session:
+        refused = session.post(f"{gateway.http}{path}", timeout=30, **options())
+        assert (refused.status_code, refused.headers["Connection"]) == (status, "close")
+        for _ in range(2):
+            answer = session.post(f"{gateway.http}/predict", json={"sample": "dress"}, timeout=30)
+            assert (answer.status_code, answer.headers["Connection"]) == (200, "keep-alive")
+
+
 def test_gateway_is_what_the_notebook_exports(tmp_path):
     command = [*(sys.executable, "-m", "nbconvert", NOTEBOOK), *("--to", "python")]
     command += ["--template", "gateway", "--TemplateExporter.extra_template_basedirs"]
@@ -687,9 +707,8 @@ def test_gateway_is_what_the_notebook_exports(tmp_path):
 
 
 def test_the_readme_names_every_variable_with_its_default() -> None:
-    sources = [
-        (ROOT / name).read_text() for name in ("gateway.py", "pictures.py", "gunicorn.conf.py")
-    ]
+    files = ("gateway.py", "pictures.py", "web.py", "gunicorn.conf.py")
+    sources = [(ROOT / name).read_text() for name in files]
     defaults = dict(re.findall(r'\benv\(\s*"(\w+)", f?"([^"]*)"\)', "".join(sources)))
     defaults = {name: value.replace("{app.root_path}/", "") for name, value in defaults.items()}
     rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \|", (ROOT / "README.md").read_text(), re.M)

@@ -283,9 +283,8 @@ def test_images_are_made_here_and_never_asked_for_where_they_are(objects: list[d
 
 
 def test_the_gateway_reads_every_variable_it_is_given(clothes: list[dict]) -> None:
-    code = "".join(
-        (ROOT / name).read_text() for name in ("gateway.py", "pictures.py", "gunicorn.conf.py")
-    )
+    files = ("gateway.py", "pictures.py", "web.py", "gunicorn.conf.py")
+    code = "".join((ROOT / name).read_text() for name in files)
     known = set(re.findall(r'\benv\(\s*"(\w+)"', code))
     assert "TF_SERVING_HOST" in known
     deployment = of_kind(clothes, "Deployment")["gateway"]
