@@ -148,7 +148,8 @@ def read_picture(
     """
     if len(file) > IMAGE_MAX_BYTES:
         raise RequestEntityTooLarge
-    if not decoder.acquire(timeout=max(0, deadline - time.monotonic())):
+    left = deadline - time.monotonic()
+    if left < 0 or not decoder.acquire(timeout=left):
         raise Problem(503, "too-busy", "Too many large pictures at a time; try again soon.")
     try:
         return decode(file, size, exactly)

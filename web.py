@@ -66,7 +66,7 @@ uploads = Budget(shutil.disk_usage(tempfile.gettempdir()).free * 9 // 10)
 
 @blueprint.before_app_request
 def begin() -> None:
-    """Give the request an id, its caller's if that is a plain one, and start its clock."""
+    """Give the request an id, its caller's if that is a plain one, a clock, and room to upload."""
     given = request.headers.get("X-Request-ID", "")
     g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
     g.start, g.seconds, g.cause = time.perf_counter(), {}, None

@@ -592,10 +592,12 @@ class HostOfLarge(WebHost):
     """A host of pictures with bytes behind them that nobody needs, some of 25 million pixels."""
 
     small = SAMPLE.ljust(2_400_000, b"\0")
-    worst = encode(Image.new("RGBA", (5000, 5000)), "WEBP", lossless=True).ljust(9_900_000, b"\0")
+    many_pixels = encode(Image.new("RGBA", (5000, 5000)), "WEBP", lossless=True)
+    worst = many_pixels.ljust(9_900_000, b"\0")
 
     def do_GET(self):
-        self.answer(200, self.worst if self.path == "/worst" else self.small)
+        kinds = {"/worst": self.worst, "/pixels": self.many_pixels}
+        self.answer(200, kinds.get(self.path, self.small))
 
 
 def test_memory_while_many_send_many_large_links(start_gateway, model_server):
@@ -618,6 +620,14 @@ def test_memory_while_many_send_many_large_links(start_gateway, model_server):
     assert causes.keys() <= {"", "too-busy", "model-timeout"} and causes[""] >= 3, causes
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     assert peak < limit - uploads, f"{peak:,} of {limit:,} bytes, {uploads:,} of them for uploads"
+
+
+def test_pictures_that_take_longer_to_decode_than_there_is_time(start_gateway, model_server):
+    """The model server, which has not even been asked, is not to blame."""
+    with serve(HostOfLarge) as address:
+        gateway = start_gateway(model_server.grpc, PREDICT_TIMEOUT_SECONDS="1", **patient(address))
+        answer = post(gateway, json={"urls": [f"http://{address}/pixels"] * 16})
+    assert (answer.status, answer.cause) == (503, "too-busy")
 
 
 def test_overload_by_a_frozen_model_server(start_gateway, model_server):
