@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +179,8 @@ def check_caller(given: bytes) -> None:
 def read_files(body: Any) -> list[bytes]:
     """Return the pictures that a request holds, links to or names."""
     if file := request.files.get("file"):
-        return [file.read()]
+        with closing(file):  # large ones have waited on the disk
+            return [file.read()]
     match body:
         case {"sample": str(name)} if name in SAMPLES:
             return [SAMPLES[name].read_bytes()]

@@ -5,14 +5,16 @@ import http.client
 import logging
 import os
 import re
+import shutil
 import socket
 import ssl
+import tempfile
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -64,6 +66,53 @@ class Problem(HTTPException):
         self.code, self.cause = status, cause
 
 
+class Meter:
+    """Counts the bytes of a form against those that all forms on their way may have together."""
+
+    left = shutil.disk_usage(tempfile.gettempdir()).free * 3 // 4  # where large parts wait
+    lock = threading.Lock()
+
+    def __init__(self, stream=None, taken: int = 0):
+        self.stream, self.taken = stream, taken
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes; raise Problem (503), and leave the room to others, if it is full.
+
+        Had all kept their room until they have noticed, none would get through.
+        """
+        data = self.stream.read(size)
+        with Meter.lock:
+            if len(data) <= Meter.left:
+                Meter.left -= len(data)
+                self.taken += len(data)
+                return data
+            Meter.left += self.taken
+            self.taken = 0
+        raise Problem(503, "too-busy", "Too many uploads at a time; try again soon.")
+
+    def split(self, size: int) -> "Meter":
+        """Return a meter of its own for some of the bytes."""
+        self.taken -= size
+        return Meter(taken=size)
+
+    def close(self) -> None:
+        """Leave the room to others."""
+        with Meter.lock:
+            Meter.left += self.taken
+            self.taken = 0
+
+
+class Upload(FileStorage):
+    """A file of a form, with the room that it takes."""
+
+    meter: Meter
+
+    def close(self) -> None:
+        """Close the file and leave the room to others."""
+        super().close()
+        self.meter.close()
+
+
 class FormParser(FormDataParser):
     """Reads forms with `multipart`, in a tenth of the time that Werkzeug's own parser takes."""
 
@@ -73,17 +122,23 @@ class FormParser(FormDataParser):
             return super().parse(stream, mimetype, content_length, options)
         fields: MultiDict[str, str] = MultiDict()
         files: MultiDict[str, FileStorage] = MultiDict()
-        boundary = (options or {}).get("boundary", "")
-        try:
-            for part in MultipartParser(stream, boundary, spool_limit=FORM_MEMORY_BYTES):
-                if part.filename:
-                    files.add(part.name, FileStorage(part.file, part.filename, part.name))
-                else:
-                    fields.add(part.name, part.raw.decode(errors="replace"))
-        except ParserLimitReached as error:
-            raise RequestEntityTooLarge from error
-        except MultipartError:
-            return stream, MultiDict(), MultiDict()
+        boundary, meter = (options or {}).get("boundary", ""), Meter(stream)
+        with ExitStack() as stack:
+            stack.callback(meter.close)
+            try:
+                for part in MultipartParser(meter, boundary, spool_limit=FORM_MEMORY_BYTES):
+                    if part.filename:
+                        files.add(part.name, file := Upload(part.file, part.filename, part.name))
+                        file.meter = meter.split(part.size)
+                        stack.callback(file.close)
+                    else:
+                        fields.add(part.name, part.raw.decode(errors="replace"))
+            except ParserLimitReached as error:
+                raise RequestEntityTooLarge from error
+            except MultipartError:
+                return stream, MultiDict(), MultiDict()
+            stack.pop_all()  # whoever has read the files closes them
+        meter.close()
         return stream, fields, files
 
 

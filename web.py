@@ -4,10 +4,7 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
-import tempfile
-import threading
 import time
 import uuid
 
@@ -41,42 +38,14 @@ registry = prometheus.CollectorRegistry()
 PROBLEMS = prometheus.Counter("gateway_problems", "Problems", ["cause"], registry=registry)
 
 
-class Budget:
-    """Bytes of which requests take a part each, for as long as they last."""
-
-    def __init__(self, total: int):
-        self.left, self.lock = total, threading.Lock()
-
-    def take(self, size: int) -> bool:
-        """Take as many, if there are."""
-        with self.lock:
-            enough = size <= self.left
-            self.left -= size * enough
-            return enough
-
-    def give_back(self, size: int) -> None:
-        """Leave them to others."""
-        with self.lock:
-            self.left += size
-
-
-# The folder that large uploads pass through is memory in a container, and no larger than it must.
-uploads = Budget(shutil.disk_usage(tempfile.gettempdir()).free * 9 // 10)
-
-
 @blueprint.before_app_request
 def begin() -> None:
-    """Give the request an id, its caller's if that is a plain one, a clock, and room to upload."""
+    """Give the request an id, its caller's if that is a plain one, and start its clock."""
     given = request.headers.get("X-Request-ID", "")
     g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
     g.start, g.seconds, g.cause = time.perf_counter(), {}, None
     if request.mimetype != "multipart/form-data":
         request.max_content_length = JSON_MAX_BYTES
-        return
-    size = min(request.content_length or FORM_MAX_BYTES, FORM_MAX_BYTES)
-    if not uploads.take(size):
-        raise Problem(503, "too-busy", "Too many uploads at a time; try again soon.")
-    g.upload_bytes = size
 
 
 @blueprint.after_app_request
@@ -88,12 +57,6 @@ def finish(response: Response) -> Response:
     line |= {"method": request.method, "path": request.path, "status": response.status_code}
     access_log.info(json.dumps(line | {"seconds": {k: round(v, 6) for k, v in seconds.items()}}))
     return response
-
-
-@blueprint.teardown_app_request
-def end(_: BaseException | None) -> None:
-    """Leave the room that an upload took to others; Flask closes its file next."""
-    uploads.give_back(g.pop("upload_bytes", 0))
 
 
 @blueprint.app_errorhandler(HTTPException)

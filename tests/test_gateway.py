@@ -34,6 +34,7 @@ from keras_image_helper import create_preprocessor
 from PIL import Image, ImageDraw, ImageOps
 
 import tfserving
+from pictures import FormParser, Meter, Problem
 
 NOTEBOOK = "notebooks/04-flask-gateway.ipynb"
 MAX_BYTES = 200_000
@@ -672,6 +673,56 @@ def test_tensorflow_is_not_imported():
         [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def form(*parts: bytes, end: bytes = b"--b--\r\n") -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+    return b"".join(head + part + b"\r\n" for part in parts) + end
+
+
+def parse(body: bytes):
+    length, options = len(body), {"boundary": "b"}
+    return FormParser().parse(io.BytesIO(body), "multipart/form-data", length, options)
+
+
+@pytest.mark.parametrize(
+    ("body", "files"),
+    [
+        (form(bytes(700_000)), 1),
+        (form(bytes(700_000), b"small", bytes(800_000)), 3),
+        (
+            form(
+                b"small", end=b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\ny\r\n--b--'
+            ),
+            1,
+        ),
+        (form(bytes(700_000), bytes(900_000), end=b"--b\r\n"), 0),
+        (form(bytes(700_000), end=b"--b\r\nnonsense\r\n\r\n--b--"), 0),
+        (b"nonsense", 0),
+    ],
+)
+def test_a_form_takes_room_until_its_files_are_closed(body, files):
+    before = Meter.left
+    *_, found = parse(body)
+    kept = [file for _, file in found.items(multi=True)]
+    sizes = [file.seek(0, io.SEEK_END) for file in kept]
+    assert len(sizes) == files and Meter.left == before - sum(sizes)
+    for file in kept * 2:
+        file.close()
+    assert Meter.left == before
+
+
+def test_forms_that_do_not_fit_leave_their_room_at_once(monkeypatch):
+    monkeypatch.setattr(Meter, "left", 1_000_000)
+    *_, kept = parse(form(bytes(600_000)))
+    for _ in range(3):
+        with pytest.raises(Problem) as refused:
+            parse(form(bytes(700_000)))
+        assert refused.value.code == 503 and Meter.left == 400_000
+    kept["file"].close()
+    *_, found = parse(form(bytes(700_000)))
+    found["file"].close()
+    assert Meter.left == 1_000_000
 
 
 @pytest.mark.parametrize(
