@@ -194,6 +194,12 @@ def read_files(body: Any) -> list[bytes]:
         return pictures.fetch_all(links, fetchers)
 
 
+def add_previews(answers: list[dict], files: list[bytes], deadline: float) -> None:
+    """Add to each answer a small picture, of what was read, for the website to show."""
+    for answer, file in zip(answers, files, strict=True):
+        answer["preview"] = pictures.make_preview(file, deadline)
+
+
 @SECONDS.labels("all").time()
 def answer_body(body: Any) -> list[dict]:
     """Classify the pictures of a request, unless too many are being answered already."""
@@ -206,8 +212,8 @@ def answer_body(body: Any) -> list[dict]:
         stack.enter_context(IN_FLIGHT.track_inprogress())
         files, deadline = read_files(body), time.monotonic() + PREDICT_TIMEOUT_SECONDS
         answers = classify(files, deadline)
-        for answer, file in zip(answers, files, strict=True) if body.get("preview") else ():
-            answer["preview"] = pictures.make_preview(file, deadline)
+        if body.get("preview"):
+            add_previews(answers, files, deadline)
         return answers
 
 
@@ -216,8 +222,7 @@ def predict() -> dict | list[dict]:
     """Classify the picture in an upload or behind a link, or those behind several links."""
     check_caller(request.headers.get("Authorization", "").encode("latin-1"))
     try:
-        is_form = request.mimetype == "multipart/form-data"
-        body = request.form.to_dict() if is_form else request.get_json(force=True)
+        body = request.form.to_dict() if g.is_form else request.get_json(force=True)
     except (BadRequest, RecursionError) as error:  # brackets in brackets in brackets ...
         raise Problem(400, "malformed-request", USAGE) from error
     answers = answer_body(body)

@@ -44,7 +44,8 @@ def begin() -> None:
     given = request.headers.get("X-Request-ID", "")
     g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
     g.start, g.seconds, g.cause = time.perf_counter(), {}, None
-    if request.mimetype != "multipart/form-data":
+    g.is_form = request.mimetype == "multipart/form-data"
+    if not g.is_form:
         request.max_content_length = JSON_MAX_BYTES
 
 
