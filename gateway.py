@@ -128,12 +128,16 @@ def prepare(file: bytes, signature: Signature, deadline: float) -> np.ndarray:
 
 def ask(files: list[bytes], signature: Signature, deadline: float) -> tfserving.PredictResponse:
     """Send all pictures to the model server in one Predict request."""
+    batch = []
     with stage("decode"):
-        batch = np.concatenate([prepare(file, signature, deadline) for file in files])
+        for number, file in enumerate(files, 1):
+            with pictures.which(number, len(files)):
+                batch.append(prepare(file, signature, deadline))
     pb_request = tfserving.PredictRequest()
     pb_request.model_spec.name = MODEL_NAME
     pb_request.model_spec.signature_name = signature.name
-    pb_request.inputs[signature.input_name].CopyFrom(tfserving.make_tensor_proto(batch))
+    tensor = tfserving.make_tensor_proto(np.concatenate(batch))
+    pb_request.inputs[signature.input_name].CopyFrom(tensor)
     stub, _ = connect()
     with stage("predict"):
         left, metadata = deadline - time.monotonic(), [("x-request-id", g.id)]
@@ -222,8 +226,8 @@ def predict() -> dict | list[dict]:
     """Classify the picture in an upload or behind a link, or those behind several links."""
     check_caller(request.headers.get("Authorization", "").encode("latin-1"))
     try:
-        body = request.form.to_dict() if g.is_form else request.get_json(force=True)
-    except (BadRequest, RecursionError) as error:  # brackets in brackets in brackets ...
+        body = request.form.to_dict() if g.is_form else web.read_json()
+    except BadRequest as error:
         raise Problem(400, "malformed-request", USAGE) from error
     answers = answer_body(body)
     return answers if "urls" in body else answers[0]
@@ -246,19 +250,6 @@ def index() -> Response:
             page["problem"], response.mimetype = response.get_json()["detail"], "text/html"
     response.set_data(render_template("index.html", needs_key=bool(GATEWAY_API_KEY), **page))
     return response
-
-
-@app.get("/metrics")
-def metrics() -> Response:
-    """Answer with the counts and times that Prometheus collects."""
-    text = prometheus.generate_latest(web.registry)
-    return Response(text, content_type=prometheus.CONTENT_TYPE_LATEST)
-
-
-@app.get("/openapi.json")
-def openapi() -> Response:
-    """Answer with the description of all this for programs."""
-    return app.send_static_file("openapi.json")
 
 
 @app.get("/livez")

@@ -12,9 +12,9 @@ import tempfile
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -64,6 +64,17 @@ class Problem(HTTPException):
     def __init__(self, status: int, cause: str, sentence: str):
         super().__init__(sentence)
         self.code, self.cause = status, cause
+
+
+@contextmanager
+def which(number: int, count: int) -> Iterator[None]:
+    """Have a Problem say which of several pictures it is about."""
+    try:
+        yield
+    except HTTPException as error:
+        if count > 1:
+            error.add_note(f"Picture {number} of {count}")
+        raise
 
 
 class Meter:
@@ -416,11 +427,13 @@ def fetch(url: str, errand: Errand) -> bytes:
                     return read_body(response, errand)
                 url = urljoin(url, response.headers["Location"])
     except ip_filter.InvalidIPAddress as error:
-        raise Problem(400, "link-blocked", f"A link to a private address: {url:.200}") from error
+        sentence = "A link must not lead to a private address"
+        raise Problem(400, "link-blocked", f"{sentence}: {url:.200}") from error
     except requests.exceptions.InvalidHeader as error:
-        raise Problem(502, "link-failed", f"The host answers nonsense: {url:.200}") from error
+        raise Problem(502, "link-failed", f"The host's answer is not HTTP: {url:.200}") from error
     except ValueError as error:
-        raise Problem(400, "link-malformed", f"No link to a picture: {url:.200}") from error
+        sentence = "A link must look like https://host/picture.jpg"
+        raise Problem(400, "link-malformed", f"{sentence}: {url:.200}") from error
     except (TimeoutError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
         if time.monotonic() > errand.deadline:
             raise Problem(504, "link-timeout", f"The host is too slow: {url:.200}") from error
@@ -433,7 +446,12 @@ def fetch_all(urls: list[str], fetchers: Executor) -> list[bytes]:
     errand = Errand(IMAGE_TIMEOUT_SECONDS)
     if len(urls) == 1:  # to wake another thread would cost as much as to fetch
         return [fetch(urls[0], errand)]
-    jobs = [fetchers.submit(fetch, url, errand) for url in urls]
+
+    def fetch_one(number: int, url: str) -> bytes:
+        with which(number, len(urls)):
+            return fetch(url, errand)
+
+    jobs = [fetchers.submit(fetch_one, number, url) for number, url in enumerate(urls, 1)]
     done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
     if failed := [job for job in done if job.exception()]:
         errand.deadline = 0  # for the others

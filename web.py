@@ -1,4 +1,7 @@
-"""What all of the gateway's answers have: an id, a line in the log, safe headers, or a problem."""
+"""What all of the gateway's answers have: an id, a line in the log, safe headers, or a problem.
+
+And the two routes for programs that watch it or want to know how to ask it.
+"""
 
 import json
 import logging
@@ -7,13 +10,14 @@ import re
 import sys
 import time
 import uuid
+from typing import Any
 
 import grpc
 import prometheus_client as prometheus
 from flask import Blueprint, Response, current_app, g, request
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException
 
 from pictures import IMAGE_MAX_BYTES, TOO_BIG, Problem
 
@@ -49,6 +53,15 @@ def begin() -> None:
         request.max_content_length = JSON_MAX_BYTES
 
 
+def read_json() -> Any:
+    """Return what a body says; raise BadRequest where it is no JSON, 413 where it is too long."""
+    try:
+        return request.get_json(force=True)
+    except (BadRequest, RecursionError) as error:  # brackets in brackets in brackets ...
+        request.stream.read(1)  # raises 413 if it was cut: in chunks its length shows only here
+        raise BadRequest from error
+
+
 @blueprint.after_app_request
 def finish(response: Response) -> Response:
     """Write one line to the log, without the query, which may hold somebody's secret."""
@@ -68,7 +81,8 @@ def answer_problem(error: HTTPException) -> Response:
     kind, title = f"tag:clothing-gateway,2026:{g.cause}", g.cause.replace("-", " ").capitalize()
     detail = {413: TOO_BIG, 429: f"More requests than {RATE_LIMIT}; wait a little."}
     body = {"type": kind, "title": title, "status": error.code}
-    body["detail"] = detail.get(error.code or 0, error.description)
+    sentence = detail.get(error.code or 0, error.description)
+    body["detail"] = ": ".join([*getattr(error, "__notes__", []), str(sentence)])
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "2"}}.get(error.code or 0)
     response = Response(json.dumps(body), error.code, headers, "application/problem+json")
     response.allow.update(getattr(error, "valid_methods", None) or [])
@@ -82,6 +96,20 @@ def answer_rpc_error(error: grpc.RpcError) -> Response:
     """Answer when the model server did not; what it said goes to the log, not to strangers."""
     current_app.logger.warning("%s: the model server: %s %s", g.id, error.code(), error.details())
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return answer_problem(Problem(504, "model-timeout", "The model server is too slow."))
+        sentence = "The model server is too slow; try again soon."
+        return answer_problem(Problem(504, "model-timeout", sentence))
     sentence = f"The model server gives no answer ({error.code().name}); try again soon."
     return answer_problem(Problem(503, "model-unavailable", sentence))
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    """Answer with the counts and times that Prometheus collects."""
+    text = prometheus.generate_latest(registry)
+    return Response(text, content_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+@blueprint.get("/openapi.json")
+def openapi() -> Response:
+    """Answer with the description of all this for programs."""
+    return current_app.send_static_file("openapi.json")

@@ -209,6 +209,30 @@ def test_urls(gateway, pictures):
         assert answer["predictions"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("page", "status", "cause"),
+    [
+        ("page", 415, "not-a-picture"),
+        ("large", 413, "request-entity-too-large"),
+        ("missing", 502, "link-failed"),
+    ],
+)
+def test_of_several_pictures_the_problem_names_one(gateway, pictures, page, status, cause):
+    links = [f"http://{pictures}/{each}" for each in ("picture.png", "picture.png", page)]
+    detail = assert_problem(link(gateway, *links), status, cause)["detail"]
+    alone = assert_problem(link(gateway, links[-1]), status, cause)["detail"]
+    assert detail == f"Picture 3 of 3: {alone}"
+
+
+@pytest.mark.parametrize("length", [65_536, 70_000, 200_000])
+def test_json_that_is_too_long(gateway, length):
+    """It says so whether the length is announced or shows only as the chunks come."""
+    body = b'{"url": "%s"}' % (b"x" * length)
+    for data in (body, iter([body[:5000], body[5000:]])):
+        response = requests.post(f"{gateway.http}/predict", data=data, timeout=30)
+        assert_problem(response, 413, "request-entity-too-large")
+
+
 def test_json_needs_no_content_type(gateway, pictures):
     body = json.dumps({"url": f"http://{pictures}/picture.png"})
     headers = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl -d sends
@@ -730,7 +754,7 @@ def test_forms_that_do_not_fit_leave_their_room_at_once(monkeypatch):
     [
         ("/predict", lambda: {"files": {"file": bytes(11_000_000)}}, 413),
         ("/predict", lambda: {"json": {"url": "a" * 200_000}}, 413),
-        ("/predict", lambda: {"data": iter([bytes(100_000)] * 9)}, 400),
+        ("/predict", lambda: {"data": iter([bytes(100_000)] * 9)}, 413),
         ("/nowhere", lambda: {"data": bytes(200_000)}, 404),
     ],
     ids=["upload", "JSON", "chunks", "nowhere"],
