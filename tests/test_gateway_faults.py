@@ -5,7 +5,6 @@ import functools
 import io
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -34,6 +33,7 @@ from conftest import (
     encode,
     eventually,
     free_port,
+    memory_settings,
     serve,
     wait_until_available,
     wait_until_ready,
@@ -607,9 +607,7 @@ def test_memory_while_many_send_many_large_links(start_gateway, model_server):
     quantities = [pod["containers"][0]["resources"]["limits"]["memory"]]
     quantities += [pod["volumes"][0]["emptyDir"]["sizeLimit"]]
     limit, uploads = (int(each.removesuffix("Mi")) * 2**20 for each in quantities)
-    dockerfile = (ROOT / "gateway.dockerfile").read_text()
-    [tunables] = re.findall(r"GLIBC_TUNABLES=(\S+)", dockerfile)
-    options = {"GLIBC_TUNABLES": tunables, "PREDICT_TIMEOUT_SECONDS": "10"}
+    options = {**memory_settings(), "PREDICT_TIMEOUT_SECONDS": "10"}
     with serve(HostOfLarge) as address, ThreadPoolExecutor(56) as pool:
         gateway = start_gateway(model_server.grpc, **patient(address), **options)
         worst = {"url": f"http://{address}/worst"}

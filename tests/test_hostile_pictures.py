@@ -18,11 +18,11 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from conftest import ROOT, Server, encode, turned
+from conftest import ROOT, Server, encode, memory_settings, turned
 from PIL import Image, ImageCms, ImageOps
 
 MAX_PIXELS, MAX_BYTES, BOUND = 4_000_000, 10_000_000, 20
-MEMORY = MAX_PIXELS * 32 + 4 * MAX_BYTES  # 32 bytes a pixel: the same in several modes
+MEMORY = MAX_PIXELS * 20 + 2 * MAX_BYTES  # 20 bytes a pixel: the same in several modes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 SHOES = Image.open(ROOT / "notebooks/samples/shoes.png").convert("RGB")
 DRESS = Image.open(ROOT / "notebooks/samples/dress.png").convert("RGB")
@@ -505,6 +505,7 @@ def gateway(start_gateway, clothing_server) -> Server:
         clothing_server.grpc,
         IMAGE_MAX_PIXELS=str(MAX_PIXELS),
         IMAGE_MAX_BYTES=str(MAX_BYTES),
+        **memory_settings(),
     )
 
 
