@@ -57,9 +57,10 @@ def read_json() -> Any:
     """Return what a body says; raise BadRequest where it is no JSON, 413 where it is too long."""
     try:
         return request.get_json(force=True)
-    except (BadRequest, RecursionError) as error:  # brackets in brackets in brackets ...
-        request.stream.read(1)  # raises 413 if it was cut: in chunks its length shows only here
+    except RecursionError as error:  # brackets in brackets in brackets ...
         raise BadRequest from error
+    finally:
+        request.stream.read(1)  # raises 413 if it was cut: in chunks its length shows only here
 
 
 @blueprint.after_app_request

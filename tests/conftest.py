@@ -4,7 +4,6 @@ import io
 import itertools
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -81,13 +80,6 @@ def copy_of_root(folder: Path) -> Path:
     """Copy what a clone has; what runs in the copy shares no `build/` with anything else."""
     names = (".git", ".venv", ".tools", ".*cache", ".hypothesis", "build", "bench", "tests")
     return Path(shutil.copytree(ROOT, folder / "root", ignore=shutil.ignore_patterns(*names)))
-
-
-def memory_settings() -> dict[str, str]:
-    """The environment that has glibc give memory back as the gateway's image does."""
-    dockerfile = (ROOT / "gateway.dockerfile").read_text()
-    [tunables] = re.findall(r"GLIBC_TUNABLES=(\S+)", dockerfile)
-    return {"GLIBC_TUNABLES": tunables}
 
 
 def processes_with(mark: str) -> list[list[str]]:

@@ -225,9 +225,10 @@ def test_of_several_pictures_the_problem_names_one(gateway, pictures, page, stat
 
 
 @pytest.mark.parametrize("length", [65_536, 70_000, 200_000])
-def test_json_that_is_too_long(gateway, length):
+@pytest.mark.parametrize("text", [b'{"url": "%s"}', b'{"url": "https://a.example/"}%s'])
+def test_json_that_is_too_long(gateway, length, text):
     """It says so whether the length is announced or shows only as the chunks come."""
-    body = b'{"url": "%s"}' % (b"x" * length)
+    body = text % (b" " * length)
     for data in (body, iter([body[:5000], body[5000:]])):
         response = requests.post(f"{gateway.http}/predict", data=data, timeout=30)
         assert_problem(response, 413, "request-entity-too-large")

@@ -33,7 +33,6 @@ from conftest import (
     encode,
     eventually,
     free_port,
-    memory_settings,
     serve,
     wait_until_available,
     wait_until_ready,
@@ -46,6 +45,7 @@ from tensorflow_serving.apis import (
 )
 
 import tfserving
+from bench.measure import memory_settings
 
 NAME = "clothing-model"
 MONITORING = "/monitoring/prometheus/metrics"

@@ -18,8 +18,10 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from conftest import ROOT, Server, encode, memory_settings, turned
+from conftest import ROOT, Server, encode, turned
 from PIL import Image, ImageCms, ImageOps
+
+from bench.measure import memory_settings
 
 MAX_PIXELS, MAX_BYTES, BOUND = 4_000_000, 10_000_000, 20
 MEMORY = MAX_PIXELS * 20 + 2 * MAX_BYTES  # 20 bytes a pixel: the same in several modes
