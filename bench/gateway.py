@@ -1,6 +1,6 @@
 """Measures the gateway against a direct call, the course's gateway, and FastAPI with ONNX Runtime.
 
-    make bench                    after the model server's measurements, about four minutes
+    make bench                    after the model server's measurements, about five minutes
 
 All numbers come from one run, in turns, so what counts are the ratios. ``bench/README.md`` says
 what was learnt from them; ``bench/peers/`` holds the others.
@@ -56,7 +56,7 @@ class Client(threading.local):
     """One kept connection to each server for each thread.
 
     Plain `http.client`, since whatever a lone client takes counts as the gateway's time: urllib3
-    takes 0.3 ms more.
+    takes a millisecond more.
     """
 
     def __init__(self):
