@@ -42,8 +42,9 @@ ONNX_MODEL = ROOT / "build/clothing-model.onnx"
 SAMPLES = sorted((ROOT / "notebooks/samples").glob("*.png"))
 FAR = 50  # milliseconds to a host that is not on this machine
 COURSE, FASTAPI = "course", "FastAPI, ONNX Runtime"
-TUNED = f"{FASTAPI}, one thread"
-ONNX_THREADS = {FASTAPI: "0", TUNED: "1"}  # threads for an operation; 0 is how it comes
+TUNED = f"{FASTAPI}, tuned"
+# How many threads an operation gets (0 is how it comes), and the gateway's malloc settings.
+SETTINGS = {FASTAPI: {"ONNX_THREADS": "0"}, TUNED: {"ONNX_THREADS": "1"} | memory_settings()}
 DIRECT, DIRECT_BYTES = "Predict of the prepared floats", "Predict of the prepared bytes"
 LEAST = {COURSE: 3, FASTAPI: 1}  # times as many pictures a second as these
 
@@ -242,7 +243,7 @@ def check_answers(url: dict[str, str]) -> None:
             "gateway, upload": by_upload(f"{url['gateway']}/predict", file),
             COURSE: by_link(f"{url[COURSE]}/predict", link),
         }
-        for name in ONNX_THREADS:
+        for name in SETTINGS:
             others[name] = by_link(f"{url[name]}/predict", link)
             others[f"{name}, upload"] = by_upload(f"{url[name]}/upload", file)
         for name, call in others.items():
@@ -342,8 +343,8 @@ def start_all(
         "gateway": ([*gunicorn, address["gateway"], "gateway:app"], ROOT, in_its_image),
         COURSE: ([*gunicorn, address[COURSE], "course:app"], peers, serving),
     }
-    for name, threads in ONNX_THREADS.items():
-        commands[name] = ([*uvicorn, port[name]], peers, onnx | {"ONNX_THREADS": threads})
+    for name, settings in SETTINGS.items():
+        commands[name] = ([*uvicorn, port[name]], peers, onnx | settings)
     return {
         name: stack.enter_context(server(int(port[name]), *command))
         for name, command in commands.items()
@@ -386,7 +387,7 @@ def main() -> None:
             "gateway": (family(processes["gateway"]), model_tier),
             COURSE: (family(processes[COURSE]), model_tier),
         }
-        tiers |= {name: (family(processes[name]), []) for name in ONNX_THREADS}
+        tiers |= {name: (family(processes[name]), []) for name in SETTINGS}
         for title, file in (("links", link), (f"links, host {FAR} ms away", f"{link}?{FAR}")):
             calls = {
                 name: (by_link(f"{url[name]}/predict", file), tier) for name, tier in tiers.items()
@@ -395,10 +396,7 @@ def main() -> None:
         prepared = predict_request("serving_default", inputs=floats(picture))
         calls = {
             "gateway": (by_upload(f"{url['gateway']}/predict", picture), tiers["gateway"]),
-            **{
-                name: (by_upload(f"{url[name]}/upload", picture), tiers[name])
-                for name in ONNX_THREADS
-            },
+            **{name: (by_upload(f"{url[name]}/upload", picture), tiers[name]) for name in SETTINGS},
             DIRECT: (lambda: stub.Predict(prepared), ([psutil.Process()], model_tier)),
         }
         measure_throughput("uploads", calls, rounds)

@@ -32,7 +32,8 @@ SHIFTS = """
 window.shifts = [];
 new PerformanceObserver((list) => {
   for (const entry of list.getEntries()) {
-    const what = entry.sources.map((source) => source.node?.outerHTML?.slice(0, 80));
+    const nodes = entry.sources.map((source) => source.node);
+    const what = nodes.map((node) => (node?.outerHTML ?? node?.data)?.slice(0, 80));
     shifts.push([entry.value, what.join()]);
   }
 }).observe({type: "layout-shift", buffered: true});
@@ -53,7 +54,7 @@ class SlowLine(WebHost):
         if self.path != "/":
             return self.answer(200, answer.content, **headers)
         self.answer(200, b"", **headers)
-        for piece in re.split(rb"(?=<(?:p|div|h3|li|dl|button|label|section)\b)", answer.content):
+        for piece in re.split(rb"(?<=>)(?=.)|(?<=.)(?=<)", answer.content):
             self.wfile.write(piece)
             time.sleep(0.02)
 
