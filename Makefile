@@ -17,7 +17,7 @@ help:
 	@echo "                  (some of them: make test ARGS=\"-k gateway\")"
 	@echo "  make lab        open the notebooks in JupyterLab"
 	@echo "  make serve      model server and gateway, until Ctrl-C"
-	@echo "  make bench      measure model server and gateway, in ten minutes or so"
+	@echo "  make bench      measure model server and gateway, in nine minutes or so"
 	@echo "                  (more requests for its memory: make bench REQUESTS=20000)"
 	@echo "  make lock       resolve Pipfile anew into Pipfile.lock"
 	@echo "  make clean      remove what these commands have made"
