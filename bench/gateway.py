@@ -288,7 +288,7 @@ def measure_throughput(title: str, calls: dict[str, tuple[Call, Tiers]], rounds:
         values.append(values[0] * sum(values[1:]) / 1e3)
     columns = ["/s", "HTTP CPU ms", "model CPU ms", f"of {os.cpu_count()} cores"]
     show(f"{CLIENTS} clients, {title}", columns, results)
-    rate, *used, _ = results["gateway"]
+    rate, *used, cores = results["gateway"]
     for name in (COURSE, FASTAPI, TUNED):
         if name in results:
             share, cpu = rate / results[name][0], sum(used) / sum(results[name][1:-1])
@@ -297,7 +297,8 @@ def measure_throughput(title: str, calls: dict[str, tuple[Call, Tiers]], rounds:
                 target(sentence, share, share >= LEAST[name])
             else:
                 print(f"  gateway / {name}: {share:.2f}")
-            print(f"    and CPU time a picture: {cpu:.2f}")
+            most = share * (os.cpu_count() or 1) / cores
+            print(f"    with all cores busy {most:.2f}; CPU time a picture: {cpu:.2f}")
 
 
 def measure_ways(picture: bytes, stub: Any, model_tier: list[psutil.Process], rounds: int) -> None:
