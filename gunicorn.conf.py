@@ -35,6 +35,11 @@ def is_readable(sock: socket.socket, seconds: float = 0) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
+def is_at_end(sock: socket.socket) -> bool:
+    """Say whether nothing more will come, since the client or the worker has said so."""
+    return is_readable(sock) and not sock.recv(1, socket.MSG_PEEK)
+
+
 class Log(Logger):
     """gunicorn's log without its debug lines, which show what clients sent, with its secrets."""
 
@@ -63,9 +68,9 @@ class Worker(ThreadWorker):
     def load_wsgi(self):
         """Answer a body in chunks that are none like other mistakes: it shows as they are read.
 
-        And say `Connection: close` where a body was not read to its end. gunicorn reads no more
-        than 64 KB of the rest before it closes, and clients that did not know would lose their
-        next request.
+        And say `Connection: close` where no more requests can be read: the connection has been cut
+        for others, or a body was not read to its end. gunicorn reads no more than 64 KB of the
+        rest before it closes, and clients that did not know would lose their next request.
         """
         import gateway
         import web
@@ -77,7 +82,8 @@ class Worker(ThreadWorker):
         def wsgi(environ, start_response):
             def start(*arguments):
                 reader = environ["wsgi.input"].reader
-                if getattr(reader, "length", 0) or getattr(reader, "parser", None):
+                is_unread = getattr(reader, "length", 0) or getattr(reader, "parser", None)
+                if is_unread or is_at_end(environ["gunicorn.socket"]):
                     start_response.__self__.force_close()
                 return start_response(*arguments)
 

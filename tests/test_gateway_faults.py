@@ -2,9 +2,12 @@
 requests, slow clients, signals; and ten thousand requests in a row."""
 
 import functools
+import http.client
 import io
+import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -680,6 +683,22 @@ def test_slow_clients_stop_nobody(start_gateway, model_server, start):
             enough.set()
             dripping.join()
     assert workers(gateway) == before
+
+
+def test_a_kept_connection_that_is_cut_for_others(start_gateway, model_server, pictures):
+    """The answer says so, else the client would lose its next request."""
+    gateway = start_gateway(model_server.grpc, MAX_IN_FLIGHT="1", **patient(pictures))
+    body = json.dumps({"url": f"http://{pictures}/slow"})
+    with ExitStack() as stack:
+        connection = http.client.HTTPConnection(gateway.http.removeprefix("http://"), timeout=60)
+        stack.callback(connection.close)
+        connection.request("POST", "/predict", body)
+        eventually(lambda: in_flight(gateway) == 1, "its picture is on its way")
+        crowd = [stack.enter_context(connect(gateway, HEAD)) for _ in range(80)]
+        assert select.select(crowd, [], [], 60)[0], "nobody was cut"
+        SlowHost.hold.set()
+        response = connection.getresponse()
+        assert (response.status, response.headers["Connection"]) == (200, "close")
 
 
 # The end -----------------------------------------------------------------------------------------
