@@ -1,26 +1,57 @@
-"""Resolve Pipfile into a Pipfile.lock for every platform, which names no index: `make lock`."""
+"""Resolve both Pipfiles into locks for every platform, which name no index: `make lock`."""
 
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
-if sys.version_info[:2] != (3, 11):
-    sys.exit(
-        "The lock is made with the oldest Python: make clean, then make lock PYTHON=python3.11."
+from pipenv.vendor.packaging.markers import Marker
+
+# The first of each Python that the README promises: a lock must hold for their oldest releases.
+PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
+
+
+def lock(pipfile: Path) -> None:
+    """Write the lock beside a Pipfile, or end with a sentence that says what to change in it."""
+    environment = {"VIRTUAL_ENV": sys.prefix, "PIPENV_PIPFILE": str(pipfile.resolve())}
+    subprocess.run(
+        [sys.executable, "-m", "pipenv", "lock"], env={**os.environ, **environment}, check=True
     )
-subprocess.run(
-    [sys.executable, "-m", "pipenv", "--python", sys.executable, "lock"],
-    env={**os.environ, "PIPENV_VENV_IN_PROJECT": "1", "PIPENV_IGNORE_VIRTUALENVS": "1"},
-    check=True,
-)
-path = Path("Pipfile.lock")
-lock = json.loads(path.read_text())
-lock["_meta"]["sources"] = []
-for section in lock.keys() - {"_meta"}:
-    for name, package in lock[section].items():
-        package.pop("index", None)
-        if not package.get("hashes"):
-            sys.exit(f"Pipfile.lock has no hashes for {name}: give its exact version in Pipfile.")
-path.write_text(json.dumps(lock, indent=4, sort_keys=True) + "\n")
+    path = pipfile.with_suffix(".lock")
+    content = json.loads(path.read_text())
+    content["_meta"]["sources"] = []
+    wanted = tomllib.loads(pipfile.read_text()).keys()
+    names = {"packages": "default", "dev-packages": "develop"}
+    for section in content.keys() - {"_meta", *(names.get(name, name) for name in wanted)}:
+        del content[section]
+    for section in content.keys() - {"_meta"}:
+        for name, package in content[section].items():
+            package.pop("index", None)
+            check(path, name, package)
+    path.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n")
+
+
+def check(path: Path, name: str, package: dict) -> None:
+    """End with a sentence where a package has no hashes, or is not for every Python."""
+    if not package.get("hashes"):
+        sys.exit(f"{path} has no hashes for {name}: give its exact version in the Pipfile.")
+    for python in PYTHONS:
+        version = {"python_full_version": python, "python_version": python.rpartition(".")[0]}
+        if not Marker(package.get("markers", "python_version > '3'")).evaluate(
+            {**version, "sys_platform": "darwin"}
+        ):
+            sys.exit(
+                f"{path}: {name} {package['version']} is not for Python {python}"
+                f" ({package['markers']}): give an older version in the Pipfile."
+            )
+
+
+if __name__ == "__main__":
+    if sys.version_info[:2] != (3, 11):
+        sys.exit(
+            "Locks are made with the oldest Python: make clean, then make lock PYTHON=python3.11."
+        )
+    for each in (Path("Pipfile"), Path("bench/Pipfile")):
+        lock(each)

@@ -35,6 +35,12 @@ print(sys.executable)' 2>/dev/null && return
 has_pipenv() { [ "$(.tools/bin/python -m pipenv --version 2>/dev/null)" = "pipenv, version $pipenv" ]; }
 is_current() { .venv/bin/python -c '' 2>/dev/null && cmp -s Pipfile.lock .venv/Pipfile.lock; }
 
+verify() { # that an environment holds all of a lock, before it is called current
+  said=$("$1/bin/python" notebooks/installed.py "$2" 2>&1) || fail "$said"
+  said=$("$1/bin/python" -m pip check 2>&1) || fail "The installed packages do not fit: $said."
+  cp "$2" "$1/Pipfile.lock"
+}
+
 if [ "${1:-}" = "" ] && is_current; then exit; fi
 mkdir -p build
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIPENV_VENV_IN_PROJECT=1 PIPENV_IGNORE_VIRTUALENVS=1 PIPENV_NOSPIN=1
@@ -45,12 +51,12 @@ if ! has_pipenv; then
   { "$python" -m venv --clear .tools && .tools/bin/python -m pip install "pipenv==$pipenv"; } >"$log" 2>&1 || explain
 fi
 
-if [ "${1:-}" = peers ] && ! cmp -s Pipfile.lock build/peers-venv/Pipfile.lock; then
+if [ "${1:-}" = peers ] && ! cmp -s bench/Pipfile.lock build/peers-venv/Pipfile.lock; then
   echo "installing what the gateway is compared with into build/peers-venv/ (log in $log)"
   .venv/bin/python -m venv --clear build/peers-venv
-  env -u PIPENV_IGNORE_VIRTUALENVS VIRTUAL_ENV="$PWD/build/peers-venv" \
-    .tools/bin/python -m pipenv sync --categories=peers >"$log" 2>&1 || explain
-  cp Pipfile.lock build/peers-venv/Pipfile.lock
+  env -u PIPENV_IGNORE_VIRTUALENVS PIPENV_PIPFILE="$PWD/bench/Pipfile" \
+    VIRTUAL_ENV="$PWD/build/peers-venv" .tools/bin/python -m pipenv sync >"$log" 2>&1 || explain
+  verify build/peers-venv bench/Pipfile.lock
 elif [ "${1:-}" = "" ]; then
   .venv/bin/python -c '' 2>/dev/null || rm -rf .venv
   echo "installing what Pipfile.lock names into .venv/ (about 2 minutes, log in $log)"
@@ -58,5 +64,5 @@ elif [ "${1:-}" = "" ]; then
   # What libraries log past Python goes to the terminal, not into a lesson.
   mkdir -p .venv/etc/ipython
   echo 'c.IPKernelApp.capture_fd_output = False' >.venv/etc/ipython/ipython_kernel_config.py
-  cp Pipfile.lock .venv/Pipfile.lock
+  verify .venv Pipfile.lock
 fi

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -20,6 +21,7 @@ import pytest
 import requests
 from conftest import ROOT, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from packaging.markers import Marker
 
 from notebooks import engine
 
@@ -155,14 +157,46 @@ def test_without_a_network_one_sentence_says_what_to_do(bare_clone: Path) -> Non
     assert said.startswith("PyPI cannot be reached: connect this machine to the network")
 
 
-def test_the_lock_names_no_index_and_every_hash() -> None:
-    lock = json.loads((ROOT / "Pipfile.lock").read_text())
+@pytest.mark.parametrize("folder", ["", "bench"])
+def test_the_locks_name_no_index_every_hash_and_packages_for_every_python(folder: str) -> None:
+    lock = json.loads((ROOT / folder / "Pipfile.lock").read_text())
     assert lock["_meta"]["sources"] == []
-    assert "[[source]]" not in (ROOT / "Pipfile").read_text()
-    packages = {**lock["default"], **lock["develop"]}
-    assert [name for name, package in packages.items() if "index" in package] == []
-    assert [name for name, package in packages.items() if not package.get("hashes")] == []
+    assert "[[source]]" not in (ROOT / folder / "Pipfile").read_text()
+    packages = [each for section in lock.keys() - {"_meta"} for each in lock[section].items()]
+    assert [name for name, package in packages if "index" in package] == []
+    assert [name for name, package in packages if not package.get("hashes")] == []
     assert "tensorflow" not in lock["default"]
+    for python in ("3.11.0", "3.12.0", "3.13.0"):  # the first release of each that README promises
+        here = {"python_full_version": python, "python_version": python[:4]}
+        skipped = [
+            f"{name} {package['version']}: {package['markers']}"
+            for name, package in packages
+            if "markers" in package
+            # Each platform that the README promises may leave out what is for the other one.
+            and not any(
+                Marker(package["markers"]).evaluate({**here, "sys_platform": platform})
+                for platform in ("linux", "darwin")
+            )
+        ]
+        assert skipped == [], f"Pipenv would skip these on Python {python}"
+
+
+def test_setting_up_notices_what_the_installation_has_skipped(tmp_path: Path) -> None:
+    pins = {
+        "numpy": {"version": f"=={metadata.version('numpy')}"},
+        "appnope": {"version": "==0.0.1", "markers": "sys_platform == 'plan9'"},
+    }
+    lock = tmp_path / "Pipfile.lock"
+    check = (sys.executable, "notebooks/installed.py", lock)
+    lock.write_text(json.dumps({"default": pins, "develop": {}}))
+    assert run(*check).returncode == 0
+    pins["skipped"] = {"version": "==4.1.2", "markers": "python_full_version >= '3.99.5'"}
+    lock.write_text(json.dumps({"default": pins, "develop": {"flask": {"version": "==0.0.1"}}}))
+    done = run(*check)
+    assert done.returncode == 1
+    assert "skipped should be 4.1.2 and is missing (it is for python_full_version" in done.stderr
+    assert f"flask should be 0.0.1 and is {metadata.version('flask')}" in done.stderr
+    assert "make PYTHON=" in done.stderr and "Traceback" not in done.stderr
 
 
 # --- make workbook -------------------------------------------------------------------------------
