@@ -26,13 +26,13 @@ help:
 	@echo "  WORKBOOK_ENGINE=auto|docker|embedded   what runs TensorFlow Serving"
 
 setup:
-	@PYTHON="$(PYTHON)" notebooks/setup.sh
+	@PYTHON="$(PYTHON)" workbook/setup.sh
 
 tools:
-	@PYTHON="$(PYTHON)" notebooks/setup.sh tools
+	@PYTHON="$(PYTHON)" workbook/setup.sh tools
 
 workbook: setup
-	@$(PY) -m notebooks.run --only $(ONLY)
+	@$(PY) -m workbook.run --only $(ONLY)
 
 test: setup
 	@$(PY) -m pytest -n 3 $(ARGS)
@@ -41,15 +41,15 @@ lab: setup
 	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 serve: setup
-	@$(PY) -m notebooks.serve
+	@$(PY) -m workbook.serve
 
 bench: setup
-	@PYTHON="$(PYTHON)" notebooks/setup.sh peers
+	@PYTHON="$(PYTHON)" workbook/setup.sh peers
 	@$(PY) -m bench.model_server $(if $(REQUESTS),--requests $(REQUESTS))
 	@$(PY) -m bench.gateway
 
 lock: tools
-	@.tools/bin/python notebooks/lock.py
+	@.tools/bin/python workbook/lock.py
 
 clean:
 	rm -rf build .venv .tools .pytest_cache .ruff_cache .mypy_cache .hypothesis .schemathesis

@@ -19,7 +19,7 @@ import nbformat
 import pytest
 from conftest import ROOT, free_port
 
-from notebooks import cluster
+from workbook import cluster
 
 KIND_HERE = f"kind {cluster.KIND_VERSION} go1.26 linux/amd64"
 Stub = Callable[..., Path]

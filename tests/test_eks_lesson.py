@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, copy_of_root, processes_with
 
 from eks.simulated import SimulatedAccount
-from notebooks import cloud
+from workbook import cloud
 
 LESSON = ROOT / "notebooks/09-eks.ipynb"
 IMAGES = ("clothing-gateway:001", "clothing-model:001")

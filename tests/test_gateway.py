@@ -773,7 +773,7 @@ def test_who_sent_what_nobody_read_can_ask_again(gateway, path, options, status)
 def test_gateway_is_what_the_notebook_exports(tmp_path):
     command = [*(sys.executable, "-m", "nbconvert", NOTEBOOK), *("--to", "python")]
     command += ["--template", "gateway", "--TemplateExporter.extra_template_basedirs"]
-    command += ["notebooks/templates", "--output-dir", str(tmp_path), "--output", "gateway"]
+    command += ["workbook/templates", "--output-dir", str(tmp_path), "--output", "gateway"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     exported = (tmp_path / "gateway.py").read_text()
     assert exported == (ROOT / "gateway.py").read_text()

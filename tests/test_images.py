@@ -15,7 +15,7 @@ import pytest
 import requests
 from conftest import ROOT, eventually
 
-from notebooks import engine
+from workbook import engine
 
 GATEWAY = "gateway.dockerfile"
 SERVING, EMBEDDED = "model_server/Dockerfile", "model_server/embedded.dockerfile"

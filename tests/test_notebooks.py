@@ -17,8 +17,8 @@ import nbformat
 import pytest
 from conftest import ROOT, copy_of_root, free_port, processes_with
 
-from notebooks.engine import docker
-from notebooks.run import PORTS
+from workbook.engine import docker
+from workbook.run import PORTS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb"))
 ENDING = ["Checkpoint", "Clean up", "What you built", "Exercises"]
@@ -159,7 +159,7 @@ def printed(cell: nbformat.NotebookNode) -> str:
 @every_notebook
 def test_functions_that_are_shown_are_those_of_the_files(path: Path) -> None:
     """Whatever printed them: `inspect.getsource`, `cat`, `read_text()`."""
-    folders = ("model_server", "tfserving", "notebooks", "kube-config", "eks")
+    folders = ("model_server", "tfserving", "workbook", "kube-config", "eks")
     files = [
         *ROOT.glob("*.py"),
         *(file for name in folders for file in (ROOT / name).rglob("*.py")),

@@ -19,10 +19,10 @@ import requests
 import yaml
 from conftest import ROOT, SAMPLES, eventually
 
-from notebooks import kubelet
-from notebooks.engine import choose_engine
-from notebooks.kubelet import docker
-from notebooks.rehearsal import Image, Rehearsal
+from workbook import kubelet
+from workbook.engine import choose_engine
+from workbook.kubelet import docker
+from workbook.rehearsal import Image, Rehearsal
 
 PING = ROOT / "kube-config/ping"
 ENGINES = ["embedded", pytest.param("docker", marks=pytest.mark.docker)]
@@ -479,7 +479,7 @@ def test_the_clothes_are_classified_by_both_model_servers(
 def test_nothing_is_left_when_the_program_is_killed(engine: str, ping: Manifests) -> None:
     program = f"""
 import sys, yaml
-from notebooks.rehearsal import Image, Rehearsal
+from workbook.rehearsal import Image, Rehearsal
 images = {{{container(ping)["image"]!r}: Image("kube-config/ping")}}
 pods = Rehearsal(sys.stdin.read(), {engine!r}, images).start()
 pods.rollout_status("ping")

@@ -22,7 +22,7 @@ from conftest import CLASSES, ROOT, Server, WebHost, encode, free_port, serve
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, Route, expect, sync_playwright
 
-from notebooks.samples.draw import shrink
+from model_server.training.draw import shrink
 
 SAMPLES = ROOT / "notebooks/samples"
 DRESS = SAMPLES / "dress.png"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from notebooks import cluster
-from notebooks.kubectl import Kubectl, wait_until
+from workbook import cluster
+from workbook.kubectl import Kubectl, wait_until
 
 PROGRAMS = ("docker", "aws", "eksctl")
 NAMESPACE = Path("kube-config/base/clothes-namespace.yaml")

@@ -1,12 +1,13 @@
 """Draw the picture of the system, once plain and once for each lesson with its part marked.
 
-    .venv/bin/python notebooks/figures/draw.py
+    .venv/bin/python workbook/draw_system.py
 
-writes ``system.svg`` and ``01.svg`` … beside this file.
+writes ``system.svg`` and ``01.svg`` … to ``notebooks/figures/``.
 """
 
 from pathlib import Path
 
+FIGURES = Path(__file__).resolve().parents[1] / "notebooks/figures"
 # Centre x, width, title, second line, third line.
 BOXES = {
     "browser": (75, 110, "browser", "or curl", ""),
@@ -128,4 +129,4 @@ def system(lesson: tuple[list[str], list[Frame]]) -> str:
 
 if __name__ == "__main__":
     for name, lesson in LESSONS.items():
-        Path(__file__).with_name(f"{name}.svg").write_text(system(lesson))
+        (FIGURES / f"{name}.svg").write_text(system(lesson))

@@ -36,7 +36,7 @@ has_pipenv() { [ "$(.tools/bin/python -m pipenv --version 2>/dev/null)" = "pipen
 is_current() { .venv/bin/python -c '' 2>/dev/null && cmp -s Pipfile.lock .venv/Pipfile.lock; }
 
 verify() { # that an environment holds all of a lock, before it is called current
-  said=$("$1/bin/python" notebooks/installed.py "$2" 2>&1) || fail "$said"
+  said=$("$1/bin/python" workbook/installed.py "$2" 2>&1) || fail "$said"
   said=$("$1/bin/python" -m pip check 2>&1) || fail "The installed packages do not fit: $said."
   cp "$2" "$1/Pipfile.lock"
 }

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import yaml
 
-from notebooks.cluster import Cluster, load_command
-from notebooks.rehearsal import Image, Rehearsal
+from workbook.cluster import Cluster, load_command
+from workbook.rehearsal import Image, Rehearsal
 
 COMPONENT = "app.kubernetes.io/component"
 WELL = 100  # so many answers in a row

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from notebooks.run import MODEL, PORTS, ROOT, end_on_signals, execute, free_ports
+from workbook.run import MODEL, PORTS, ROOT, end_on_signals, execute, free_ports
 
 LOGS = ROOT / "build" / "serve"
 

@@ -33,7 +33,7 @@ from typing import Self
 import psutil
 import yaml
 
-from notebooks.kubelet import (
+from workbook.kubelet import (
     LETTERS,
     TICK_SECONDS,
     Containers,
@@ -88,7 +88,7 @@ class Rehearsal:
         # It removes what is left when this program ends without having called `close`.
         self.reaper = subprocess.Popen(
             [
-                *(sys.executable, "-m", "notebooks.rehearsal"),
+                *(sys.executable, "-m", "workbook.rehearsal"),
                 *(self.id, type(self.engine).__name__, self.folder),
             ],
             cwd=Path(__file__).parent.parent,

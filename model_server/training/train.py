@@ -1,7 +1,7 @@
 """Train the bundled clothes classifier: photos in, ``clothing-model.keras`` out.
 
-    .venv/bin/pip install -r model_server/train-requirements.txt
-    .venv/bin/python -m model_server.train PHOTOS
+    .venv/bin/pip install -r model_server/training/requirements.txt
+    .venv/bin/python -m model_server.training.train PHOTOS
 
 ``PHOTOS`` holds ``train/<class>/*.jpg`` and ``validation/<class>/*.jpg``. Two cores need about
 40 minutes; an interrupted run goes on after its last finished epoch when it is started again.
@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
-from notebooks.samples.draw import draw
+from model_server.training.draw import draw
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = (ROOT / "model_server/classes.txt").read_text().split()
 SIDE = 224  # pixels; what the backbone was trained at, larger and smaller lose accuracy
 SEED = 7

@@ -1,8 +1,8 @@
 """Draw the sample pictures: ten kinds of clothing, shaded, on plain backgrounds.
 
-    .venv/bin/python notebooks/samples/draw.py
+    .venv/bin/python model_server/training/draw.py
 
-writes ``<class>.png`` for each class beside this file, and the same drawing, small, to
+writes ``<class>.png`` for each class to ``notebooks/samples/``, and the same drawing, small, to
 ``website/static/samples/<class>.webp`` for the website. Every picture follows from its class and
 a seed alone. Seeds below 1,000 are the samples'; the training draws its own variations with seeds
 from 1,000 up and never sees the samples.
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ROOT / "model_server/classes.txt"
+SAMPLES = ROOT / "notebooks/samples"
 WEBSITE = ROOT / "website/static/samples"
 FINER = 2  # drawn this many times larger, then reduced, which smooths every edge
 
@@ -685,5 +686,5 @@ def shrink(drawing: Image.Image) -> Image.Image:
 if __name__ == "__main__":
     for name in CLASSES.read_text().split():
         drawing = draw(name, seed=4)
-        drawing.save(Path(__file__).with_name(f"{name}.png"), optimize=True)
+        drawing.save(SAMPLES / f"{name}.png", optimize=True)
         shrink(drawing).save(WEBSITE / f"{name}.webp", quality=85, method=6)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from notebooks.rehearsal import Rehearsal
+    from workbook.rehearsal import Rehearsal
 
 TICK_SECONDS = 0.1
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 10.0, 300.0

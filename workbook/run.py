@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from traitlets.config import Config
 
-from notebooks.engine import remove_containers
+from workbook.engine import remove_containers
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "build" / "clothing-model" / "1"

@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from notebooks.engine import MACHINES, PROBE_SECONDS, docker, pull_obstacle
+from workbook.engine import MACHINES, PROBE_SECONDS, docker, pull_obstacle
 
 NAME = "clothes"
 KUBECONFIG = Path("build/kubeconfig")

@@ -1,13 +1,11 @@
 """Draw the anatomy of a Kubernetes cluster, with the objects of lesson 06 marked.
 
-    .venv/bin/python -m notebooks.figures.cluster
+    .venv/bin/python -m workbook.draw_cluster
 
-writes ``cluster.svg`` beside this file.
+writes ``notebooks/figures/cluster.svg``.
 """
 
-from pathlib import Path
-
-from notebooks.figures.draw import INK, MARK, MARKED, PAPER, QUIET
+from workbook.draw_system import FIGURES, INK, MARK, MARKED, PAPER, QUIET
 
 WIDTH, HEIGHT = 1020, 436
 
@@ -94,4 +92,4 @@ def cluster() -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("cluster.svg").write_text(cluster())
+    (FIGURES / "cluster.svg").write_text(cluster())

@@ -1,0 +1,1 @@
+"""How the bundled classifier was trained, and the drawings that its training needs."""
