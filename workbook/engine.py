@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -49,17 +48,6 @@ def choose_engine(wanted: str = "auto", image: str | None = SERVING_IMAGE) -> tu
             f"Docker was asked for, but {obstacle}; mend that, or take WORKBOOK_ENGINE=embedded."
         )
     return "embedded", obstacle
-
-
-def require_free_ports(*ports: int) -> None:
-    """Raise RuntimeError, with a sentence that says what to do, when a port is taken."""
-    for port in ports:
-        with socket.socket() as probe:
-            if probe.connect_ex(("localhost", port)) == 0:
-                raise RuntimeError(
-                    f"Port {port} is in use: end the program that holds it, "
-                    "or choose another one in the cell of parameters."
-                )
 
 
 def docker_obstacle(image: str | None) -> str | None:

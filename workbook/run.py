@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import uuid
@@ -28,6 +27,7 @@ from rich.table import Table
 from traitlets.config import Config
 
 from workbook.engine import remove_containers
+from workbook.servers import is_busy
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "build" / "clothing-model" / "1"
@@ -60,13 +60,6 @@ class Outcome:
     seconds: float = 0.0
     outcome: str = "not run"
     error: str = ""
-
-
-def is_busy(port: int) -> bool:
-    """Say whether somebody listens on this port of the loopback interface."""
-    with suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
-        return True
-    return False
 
 
 def free_ports(wanted: dict[str, int]) -> dict[str, int]:

@@ -1,0 +1,43 @@
+"""Execute lessons and write the outputs into their files: `python -m workbook.refresh 04 05`.
+
+A lesson's file keeps its cells; outputs and execution counts become those of one clean run.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import nbformat
+
+from workbook.run import ROOT, end_on_signals, execute
+
+
+def refresh(notebook: Path, folder: Path) -> str:
+    """Execute a notebook and write its outputs into it; return what went wrong, if anything."""
+    outcome = execute(notebook, folder)
+    if outcome.error:
+        return outcome.error
+    source = nbformat.read(notebook, as_version=4)
+    executed = nbformat.read(folder / notebook.name, as_version=4)
+    for cell, done in zip(source.cells, executed.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    nbformat.write(source, notebook)
+    return ""
+
+
+def main() -> int:
+    """Run the command line; 0 when every notebook ran to its end, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("lessons", nargs="+", metavar="NN", help="how their file names begin")
+    end_on_signals()
+    for lesson in parser.parse_args().lessons:
+        for notebook in sorted((ROOT / "notebooks").glob(f"{lesson}*.ipynb")):
+            if error := refresh(notebook, ROOT / "build" / "refresh"):
+                print(f"{notebook.name} failed: {error}", file=sys.stderr)
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

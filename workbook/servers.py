@@ -1,0 +1,73 @@
+"""Servers that a lesson's cells start: a cell that runs again replaces what it started before."""
+
+import atexit
+import socket
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+running: dict[str, subprocess.Popen] = {}
+
+
+def start(
+    name: str, command: Sequence[str], ports: Sequence[int] = (), **options: Any
+) -> subprocess.Popen:
+    """Start a command, after what this kernel has started under the same name has ended.
+
+    Args:
+        name: what it is, such as "gateway".
+        command: its words.
+        ports: where it will listen on the loopback interface.
+        options: of `subprocess.Popen`.
+
+    Raises:
+        RuntimeError: A port is busy; the sentence names the process that holds it, if the system
+            lets us see it.
+    """
+    stop(name)
+    require_free_ports(*ports)
+    # A group of its own: interrupting a cell interrupts the kernel's group, not the server.
+    running[name] = subprocess.Popen(command, process_group=0, **options)
+    return running[name]
+
+
+def stop(*names: str) -> None:
+    """End what was started under these names, in this order; without a name, everything."""
+    for name in names or [*running]:
+        if (process := running.pop(name, None)) is not None:
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+atexit.register(stop)
+
+
+def require_free_ports(*ports: int) -> None:
+    """Raise RuntimeError, with a sentence that names the holder, when a port is busy."""
+    listening = {}
+    for process in psutil.process_iter(["name"]):
+        with suppress(psutil.Error, OSError):
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    listening[connection.laddr.port] = f"{process.info['name']}, pid {process.pid}"
+    for port in ports:
+        if is_busy(port):
+            holder = listening.get(port, "a process of another user")
+            raise RuntimeError(
+                f"Port {port} is in use by {holder}: end it, or choose another port in the cell"
+                " of parameters."
+            )
+
+
+def is_busy(port: int) -> bool:
+    """Say whether somebody listens at this port of the loopback interface."""
+    with suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
+        return True
+    return False
