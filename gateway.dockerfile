@@ -35,7 +35,7 @@ COPY --from=packages /app/.venv .venv
 COPY --chown=10001:10001 website website
 COPY --chown=10001:10001 tfserving tfserving
 COPY --chown=10001:10001 model_server/classes.txt model_server/
-COPY --chown=10001:10001 gateway.py pictures.py web.py gunicorn.conf.py ./
+COPY --chown=10001:10001 gateway.py links.py pictures.py web.py worker.py gunicorn.conf.py ./
 USER 10001:10001
 EXPOSE 9696
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10s CMD ["python", "-c", "from http.client import HTTPConnection as H; h = H('127.0.0.1', 9696); h.request('GET', '/livez'); assert h.getresponse().status == 200"]

@@ -1,30 +1,56 @@
-"""What all of the gateway's answers have: an id, a line in the log, safe headers, or a problem.
+"""What every answer of the gateway has: an id, a line in the log, safe headers, or a problem.
 
-And the two routes for programs that watch it or want to know how to ask it.
+Besides: the forms that come in, the key and the rate limit, times and counts for Prometheus, and
+the routes `/metrics` and `/openapi.json`.
 """
 
+import hmac
 import json
 import logging
 import os
 import re
+import shutil
 import sys
+import tempfile
+import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import flask
 import grpc
 import prometheus_client as prometheus
-from flask import Blueprint, Response, current_app, g, request
+from flask import Blueprint, Flask, Response, current_app, g, render_template, request
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
-from werkzeug.exceptions import BadRequest, HTTPException
-
-from pictures import IMAGE_MAX_BYTES, TOO_BIG, Problem
+from multipart import MultipartError, MultipartParser, ParserLimitReached
+from werkzeug.datastructures import FileStorage, MultiDict
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
+from werkzeug.formparser import FormDataParser
 
 env = os.environ.get
+GATEWAY_API_KEY = env("GATEWAY_API_KEY", "")
 RATE_LIMIT = env("RATE_LIMIT", "")
-FORM_MAX_BYTES = IMAGE_MAX_BYTES + 65536  # a form is around the picture
-JSON_MAX_BYTES = 65536  # lists in lists take 30 times their bytes when parsed
+IMAGE_MAX_BYTES = int(env("IMAGE_MAX_BYTES", "10000000"))
+IMAGE_MAX_PIXELS = int(env("IMAGE_MAX_PIXELS", "25000000"))
+MAX_IN_FLIGHT = int(env("MAX_IN_FLIGHT", "32"))
+
+ROOT = Path(__file__).parent
+SAMPLES = {path.stem: path for path in (ROOT / "website/static/samples").glob("*.webp")}
+MAX_LINKS = 16
+MAX_BATCHES = max(1, MAX_IN_FLIGHT // 4)  # requests with several links: they bring most bytes
+USAGE = f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}} or a form with a file.'
+LINKS_MAX_BYTES = 4 * IMAGE_MAX_BYTES  # of all pictures behind the links of one request
+FORM_MAX_BYTES = IMAGE_MAX_BYTES + 65536  # the picture, and the form around it
+FORM_MEMORY_BYTES = 500_000  # a larger part of a form waits in a file
+JSON_MAX_BYTES = 65536  # nested lists take 30 times as much memory once they are parsed
+TOO_BIG = (
+    f"A picture may have {IMAGE_MAX_BYTES:,} bytes and {IMAGE_MAX_PIXELS:,} pixels, "
+    f"those of several links {LINKS_MAX_BYTES:,} bytes together."
+)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none';"
@@ -35,43 +61,56 @@ HEADERS = {
 
 blueprint = Blueprint("web", __name__)
 limiter = Limiter(get_remote_address, enabled=bool(RATE_LIMIT), storage_uri="memory://")
+stopping = threading.Event()  # set when the process has been asked to end
+request_slots = threading.BoundedSemaphore(MAX_IN_FLIGHT)
+batch_slots = threading.BoundedSemaphore(MAX_BATCHES)
 access_log = logging.getLogger("access")
 access_log.addHandler(logging.StreamHandler(sys.stdout))
 access_log.setLevel(logging.INFO)
+
 registry = prometheus.CollectorRegistry()
 PROBLEMS = prometheus.Counter("gateway_problems", "Problems", ["cause"], registry=registry)
+IN_FLIGHT = prometheus.Gauge("gateway_in_flight", "Predictions in progress", registry=registry)
+SECONDS = prometheus.Histogram("gateway_seconds", "Time taken", ["stage"], registry=registry)
+MODEL_VERSION = prometheus.Gauge("gateway_model_version", "Version of the model", registry=registry)
 
 
-@blueprint.before_app_request
-def begin() -> None:
-    """Give the request an id, its caller's if that is a plain one, and start its clock."""
-    given = request.headers.get("X-Request-ID", "")
-    g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
-    g.start, g.seconds, g.cause = time.perf_counter(), {}, None
-    g.is_form = request.mimetype == "multipart/form-data"
-    if not g.is_form:
-        request.max_content_length = JSON_MAX_BYTES
+# --- Problems ------------------------------------------------------------------------------------
 
 
-def read_json() -> Any:
-    """Return what a body says; raise BadRequest where it is no JSON, 413 where it is too long."""
+class Problem(HTTPException):
+    """An HTTP error with a cause that programs can tell apart and a sentence for people."""
+
+    def __init__(self, status: int, cause: str, sentence: str):
+        super().__init__(sentence)
+        self.code, self.cause = status, cause
+
+
+@contextmanager
+def about_picture(number: int, count: int) -> Iterator[None]:
+    """Have an error inside this block say which of several pictures it is about."""
     try:
-        return request.get_json(force=True)
-    except RecursionError as error:  # brackets in brackets in brackets ...
-        raise BadRequest from error
-    finally:
-        request.stream.read(1)  # raises 413 if it was cut: in chunks its length shows only here
+        yield
+    except HTTPException as error:
+        if count > 1:
+            error.add_note(f"Picture {number} of {count}")
+        raise
 
 
-@blueprint.after_app_request
-def finish(response: Response) -> Response:
-    """Write one line to the log, without the query, which may hold somebody's secret."""
-    response.headers.update(HEADERS | {"X-Request-ID": g.id})
-    seconds = {"all": time.perf_counter() - g.start} | g.seconds
-    line = {"time": time.time(), "id": g.id, "client": request.remote_addr, "cause": g.cause}
-    line |= {"method": request.method, "path": request.path, "status": response.status_code}
-    access_log.info(json.dumps(line | {"seconds": {k: round(v, 6) for k, v in seconds.items()}}))
-    return response
+def explain(error: HTTPException) -> str:
+    """Return the sentence for people: what is wrong, and what to do about it."""
+    sentences = {413: TOO_BIG, 429: f"More requests than {RATE_LIMIT}; wait a little."}
+    sentence = sentences.get(error.code or 0, error.description)
+    return ": ".join([*getattr(error, "__notes__", []), str(sentence)])
+
+
+def problem_of(error: grpc.RpcError) -> Problem:
+    """Return what clients are told when the model server fails; the log gets its own words."""
+    current_app.logger.warning("%s: the model server: %s %s", g.id, error.code(), error.details())
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Problem(504, "model-timeout", "The model server is too slow; try again soon.")
+    sentence = f"The model server gives no answer ({error.code().name}); try again soon."
+    return Problem(503, "model-unavailable", sentence)
 
 
 @blueprint.app_errorhandler(HTTPException)
@@ -80,10 +119,7 @@ def answer_problem(error: HTTPException) -> Response:
     g.cause = getattr(error, "cause", error.name.lower().replace(" ", "-"))
     PROBLEMS.labels(g.cause).inc()
     kind, title = f"tag:clothing-gateway,2026:{g.cause}", g.cause.replace("-", " ").capitalize()
-    detail = {413: TOO_BIG, 429: f"More requests than {RATE_LIMIT}; wait a little."}
-    body = {"type": kind, "title": title, "status": error.code}
-    sentence = detail.get(error.code or 0, error.description)
-    body["detail"] = ": ".join([*getattr(error, "__notes__", []), str(sentence)])
+    body = {"type": kind, "title": title, "status": error.code, "detail": explain(error)}
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "2"}}.get(error.code or 0)
     response = Response(json.dumps(body), error.code, headers, "application/problem+json")
     response.allow.update(getattr(error, "valid_methods", None) or [])
@@ -94,13 +130,66 @@ def answer_problem(error: HTTPException) -> Response:
 
 @blueprint.app_errorhandler(grpc.RpcError)
 def answer_rpc_error(error: grpc.RpcError) -> Response:
-    """Answer when the model server did not; what it said goes to the log, not to strangers."""
-    current_app.logger.warning("%s: the model server: %s %s", g.id, error.code(), error.details())
-    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-        sentence = "The model server is too slow; try again soon."
-        return answer_problem(Problem(504, "model-timeout", sentence))
-    sentence = f"The model server gives no answer ({error.code().name}); try again soon."
-    return answer_problem(Problem(503, "model-unavailable", sentence))
+    """Answer when the model server did not."""
+    return answer_problem(problem_of(error))
+
+
+# --- Around every request ------------------------------------------------------------------------
+
+
+@blueprint.before_app_request
+def begin() -> None:
+    """Give the request an id, its caller's if that is a plain one, and start its clock."""
+    given = request.headers.get("X-Request-ID", "")
+    g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+    g.start, g.seconds, g.cause = time.perf_counter(), {}, None
+    if request.mimetype != "multipart/form-data":
+        request.max_content_length = JSON_MAX_BYTES
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Take the time of a part of the work, for the answer, the log and Prometheus."""
+    with SECONDS.labels(name).time():
+        start = time.perf_counter()
+        yield
+        g.seconds[name] = g.seconds.get(name, 0) + time.perf_counter() - start
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """Return times in whole microseconds."""
+    return {name: round(value, 6) for name, value in seconds.items()}
+
+
+@blueprint.after_app_request
+def finish(response: Response) -> Response:
+    """Write one line to the log, without the query, which may hold somebody's secret."""
+    response.headers.update(HEADERS | {"X-Request-ID": g.id})
+    seconds = {"all": time.perf_counter() - g.start} | g.seconds
+    line = {"time": time.time(), "id": g.id, "client": request.remote_addr, "cause": g.cause}
+    line |= {"method": request.method, "path": request.path, "status": response.status_code}
+    access_log.info(json.dumps(line | {"seconds": rounded(seconds)}))
+    return response
+
+
+@limiter.shared_limit(lambda: RATE_LIMIT, "pictures")
+def check_caller(given: bytes) -> None:
+    """Raise Problem (401) unless this is the key, if there is one; 429 if it comes too often."""
+    if GATEWAY_API_KEY and not hmac.compare_digest(given, f"Bearer {GATEWAY_API_KEY}".encode()):
+        raise Problem(401, "wrong-key", "No key or a wrong one; send `Authorization: Bearer KEY`.")
+
+
+@contextmanager
+def admit(is_batch: bool) -> Iterator[None]:
+    """Hold a place among the requests in progress; raise Problem (503) where none is free."""
+    with ExitStack() as stack:
+        stack.enter_context(SECONDS.labels("all").time())
+        for slots in (request_slots, batch_slots) if is_batch else (request_slots,):
+            if not slots.acquire(blocking=False):
+                raise Problem(503, "too-busy", "Too many pictures at a time; try again soon.")
+            stack.callback(slots.release)
+        stack.enter_context(IN_FLIGHT.track_inprogress())
+        yield
 
 
 @blueprint.get("/metrics")
@@ -112,5 +201,141 @@ def metrics() -> Response:
 
 @blueprint.get("/openapi.json")
 def openapi() -> Response:
-    """Answer with the description of all this for programs."""
+    """Answer with the description of the API for programs, OpenAPI 3.1."""
     return current_app.send_static_file("openapi.json")
+
+
+# --- Bodies --------------------------------------------------------------------------------------
+
+
+class UploadBudget:
+    """The bytes that one form has taken of those that all forms on their way may take together."""
+
+    # Of the disk where large parts wait; in a container that is memory.
+    left = shutil.disk_usage(tempfile.gettempdir()).free * 3 // 4
+    lock = threading.Lock()
+
+    def __init__(self, stream=None, taken: int = 0):
+        self.stream, self.taken = stream, taken
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes of the form; raise Problem (503) when the disk is nearly full.
+
+        The form gives back what it has taken before it raises. If it kept that until the request
+        has ended, several large forms could block one another, and none would get through.
+        """
+        data = self.stream.read(size)
+        with UploadBudget.lock:
+            if len(data) <= UploadBudget.left:
+                UploadBudget.left -= len(data)
+                self.taken += len(data)
+                return data
+            UploadBudget.left += self.taken
+            self.taken = 0
+        raise Problem(503, "too-busy", "Too many uploads at a time; try again soon.")
+
+    def split(self, size: int) -> "UploadBudget":
+        """Hand some of the taken bytes over to a budget of their own."""
+        self.taken -= size
+        return UploadBudget(taken=size)
+
+    def close(self) -> None:
+        """Give back all that was taken."""
+        with UploadBudget.lock:
+            UploadBudget.left += self.taken
+            self.taken = 0
+
+
+class Upload(FileStorage):
+    """A file of a form, with the bytes that it takes of the budget."""
+
+    budget: UploadBudget
+
+    def close(self) -> None:
+        """Close the file and give its bytes back."""
+        super().close()
+        self.budget.close()
+
+
+class FormParser(FormDataParser):
+    """Reads forms with `multipart`, in a tenth of the time that Werkzeug's own parser takes."""
+
+    def parse(self, stream, mimetype, content_length, options=None):
+        """Return the stream, the fields and the files; nothing of a form that is malformed."""
+        if mimetype != "multipart/form-data":
+            return super().parse(stream, mimetype, content_length, options)
+        fields: MultiDict[str, str] = MultiDict()
+        files: MultiDict[str, FileStorage] = MultiDict()
+        boundary, budget = (options or {}).get("boundary", ""), UploadBudget(stream)
+        with ExitStack() as stack:
+            stack.callback(budget.close)
+            try:
+                for part in MultipartParser(budget, boundary, spool_limit=FORM_MEMORY_BYTES):
+                    if part.filename:
+                        files.add(part.name, file := Upload(part.file, part.filename, part.name))
+                        file.budget = budget.split(part.size)
+                        stack.callback(file.close)
+                    else:
+                        fields.add(part.name, part.raw.decode(errors="replace"))
+            except ParserLimitReached as error:
+                raise RequestEntityTooLarge from error
+            except MultipartError:
+                return stream, MultiDict(), MultiDict()
+            stack.pop_all()  # whoever reads the files closes them
+        budget.close()
+        return stream, fields, files
+
+
+class Request(flask.Request):
+    """A request whose forms are read by the parser above."""
+
+    form_data_parser_class = FormParser
+
+
+def read_body() -> dict:
+    """Return the fields of a form, or the object that JSON holds; raise Problem (400), or 413.
+
+    A body in chunks tells its length only as it is read. One that is longer than allowed looks
+    like one that ends early, so JSON is read to its end, where the 413 shows.
+    """
+    if request.mimetype == "multipart/form-data":
+        return request.form.to_dict()
+    try:
+        body = request.get_json(force=True)
+    except (BadRequest, RecursionError):  # the second from brackets in brackets in brackets ...
+        body = None
+    finally:
+        request.stream.read(1)
+    if not isinstance(body, dict):
+        raise Problem(400, "malformed-request", USAGE)
+    return body
+
+
+def answer_page(answer: Callable[[dict], list[dict]], **page: Any) -> Response:
+    """Answer with the website, and with what `answer` says to its form if that was sent."""
+    page |= {"samples": SAMPLES, "needs_key": bool(GATEWAY_API_KEY), "url": ""}
+    response = Response()
+    if request.method == "POST":
+        try:
+            form = request.form.to_dict() | {"preview": "yes"}
+            page["url"] = form.get("url", "")
+            check_caller(f"Bearer {form.get('key', '')}".encode())
+            page["answer"] = answer(form)[0]
+        except (HTTPException, grpc.RpcError) as error:
+            problem = problem_of(error) if isinstance(error, grpc.RpcError) else error
+            page["problem"], response = explain(problem), answer_problem(problem)
+    response.set_data(render_template("index.html", **page))
+    response.mimetype = "text/html"
+    return response
+
+
+def create_app() -> Flask:
+    """Return an application with all of the above, and no routes for pictures yet."""
+    app = Flask("gateway", root_path=str(ROOT))
+    app.static_folder, app.template_folder = "website/static", "website"
+    app.request_class = Request
+    app.config["MAX_CONTENT_LENGTH"] = FORM_MAX_BYTES
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # classes stay in the model's order
+    limiter.init_app(app)
+    app.register_blueprint(blueprint)
+    return app

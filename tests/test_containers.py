@@ -126,7 +126,8 @@ def test_the_context_holds_only_what_the_images_copy(
     found = docker("run", "--rm", image, "find", "/context", "-type", "f").splitlines()
     names = {file.removeprefix("/context/").split("/")[0] for file in found}
     assert names - {"build"} == {
-        *("Pipfile", "Pipfile.lock", "gateway.py", "pictures.py", "web.py", "gunicorn.conf.py"),
+        *("Pipfile", "Pipfile.lock", "gateway.py", "links.py", "pictures.py", "web.py"),
+        *("worker.py", "gunicorn.conf.py"),
         *("tfserving", "website", "model_server"),
     }
     built = [file for file in found if file.startswith("/context/build/")]

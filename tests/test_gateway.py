@@ -34,7 +34,7 @@ from keras_image_helper import create_preprocessor
 from PIL import Image, ImageDraw, ImageOps
 
 import tfserving
-from pictures import FormParser, Meter, Problem
+from web import FormParser, Problem, UploadBudget
 
 NOTEBOOK = "notebooks/04-flask-gateway.ipynb"
 MAX_BYTES = 200_000
@@ -727,27 +727,27 @@ def parse(body: bytes):
     ],
 )
 def test_a_form_takes_room_until_its_files_are_closed(body, files):
-    before = Meter.left
+    before = UploadBudget.left
     *_, found = parse(body)
     kept = [file for _, file in found.items(multi=True)]
     sizes = [file.seek(0, io.SEEK_END) for file in kept]
-    assert len(sizes) == files and Meter.left == before - sum(sizes)
+    assert len(sizes) == files and UploadBudget.left == before - sum(sizes)
     for file in kept * 2:
         file.close()
-    assert Meter.left == before
+    assert UploadBudget.left == before
 
 
 def test_forms_that_do_not_fit_leave_their_room_at_once(monkeypatch):
-    monkeypatch.setattr(Meter, "left", 1_000_000)
+    monkeypatch.setattr(UploadBudget, "left", 1_000_000)
     *_, kept = parse(form(bytes(600_000)))
     for _ in range(3):
         with pytest.raises(Problem) as refused:
             parse(form(bytes(700_000)))
-        assert refused.value.code == 503 and Meter.left == 400_000
+        assert refused.value.code == 503 and UploadBudget.left == 400_000
     kept["file"].close()
     *_, found = parse(form(bytes(700_000)))
     found["file"].close()
-    assert Meter.left == 1_000_000
+    assert UploadBudget.left == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -783,7 +783,7 @@ def test_gateway_is_what_the_notebook_exports(tmp_path):
 
 
 def test_the_readme_names_every_variable_with_its_default() -> None:
-    files = ("gateway.py", "pictures.py", "web.py", "gunicorn.conf.py")
+    files = ("gateway.py", "links.py", "web.py", "gunicorn.conf.py")
     sources = [(ROOT / name).read_text() for name in files]
     defaults = dict(re.findall(r'\benv\(\s*"(\w+)", f?"([^"]*)"\)', "".join(sources)))
     defaults = {name: value.replace("{app.root_path}/", "") for name, value in defaults.items()}

@@ -16,6 +16,7 @@ from schemathesis.core.result import Ok
 
 import gateway as gateway_module
 import pictures
+import web
 
 PATH = ROOT / "website/static/openapi.json"
 DESCRIPTION = json.loads(PATH.read_text(encoding="utf-8"))
@@ -82,10 +83,10 @@ def test_every_route_is_described():
 
 def test_numbers_and_names_are_those_of_the_code():
     links = DESCRIPTION["components"]["schemas"]["Links"]["properties"]["urls"]
-    assert links["maxItems"] == gateway_module.MAX_LINKS
+    assert links["maxItems"] == web.MAX_LINKS
     operation = DESCRIPTION["paths"]["/predict"]["post"]
     content = operation["responses"]["200"]["content"]["application/json"]
-    assert content["schema"]["oneOf"][1]["maxItems"] == gateway_module.MAX_LINKS
+    assert content["schema"]["oneOf"][1]["maxItems"] == web.MAX_LINKS
     assert list(content["example"]["predictions"]) == CLASSES
     assert ", ".join(pictures.IMAGE_FORMATS) in DESCRIPTION["info"]["description"]
 

@@ -1,0 +1,254 @@
+"""Follow the links of strangers: to public addresses only, within a time and a number of bytes."""
+
+import functools
+import http.client
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from ipaddress import ip_address, ip_network
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import requests
+import urllib3
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
+from requests_hardened import ip_filter
+from requests_hardened.ip_filter_adapter import IPFilterAdapter
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from web import IMAGE_MAX_BYTES, LINKS_MAX_BYTES, MAX_BATCHES, MAX_LINKS, Problem, about_picture
+
+env = os.environ.get
+IMAGE_TIMEOUT_SECONDS = float(env("IMAGE_TIMEOUT_SECONDS", "5"))
+ALLOWED_IMAGE_HOSTS = set(env("ALLOWED_IMAGE_HOSTS", "").lower().replace(",", " ").split())
+
+MAX_REDIRECTS, MAX_HEAD_BYTES = 3, 65536
+IDLE_SECONDS, MAX_IDLE = 1.0, 16  # how long connections are kept, and how many to an address
+# What is elsewhere than in 2000::/3, where all public IPv6 addresses are, may be IPv4 in disguise.
+# The IPv4 address answers in Azure's virtual machines, and looks like a public one.
+PUBLIC_IPV6 = ip_network("2000::/3")
+NOT_PUBLIC = tuple(map(ip_network, ("::/3", "4000::/2", "8000::/1", "168.63.129.16")))
+resolvers = ThreadPoolExecutor(512)  # a lookup ends after some seconds, be it in vain
+fetch_pool = ThreadPoolExecutor(MAX_BATCHES * MAX_LINKS)  # no link waits for another's slow host
+thread = threading.local()  # its `budget` is that of the request whose link it follows
+
+
+class Budget:
+    """The time and the bytes that one request may spend on all of its links together."""
+
+    def __init__(self, seconds: float):
+        self.deadline = time.monotonic() + seconds
+        self.bytes_left = LINKS_MAX_BYTES
+
+    def seconds_left(self) -> float:
+        """Return the seconds that are left; raise TimeoutError when none are."""
+        if (seconds := self.deadline - time.monotonic()) > 0:
+            return seconds
+        raise TimeoutError
+
+
+def look_up(host: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call what looks a host's name up in a thread of its own, which may be left behind.
+
+    The system's lookup is the one thing here that knows no deadline.
+    """
+    try:
+        ip_address(host)
+    except ValueError:
+        return resolvers.submit(function, *args).result(thread.budget.seconds_left())
+    return function(*args)
+
+
+class DeadlineSocket(socket.socket):
+    """A socket that waits for a byte no longer than its thread's budget has time."""
+
+    used = 0.0
+
+    def recv_into(self, *args: Any) -> int:
+        """Receive bytes; raise TimeoutError when the time is over, however many keep coming."""
+        self.settimeout(thread.budget.seconds_left())
+        count = super().recv_into(*args)
+        self.used = time.monotonic()
+        return count
+
+
+class TLSDeadlineSocket(DeadlineSocket, ssl.SSLSocket):
+    """The same for https; the ssl module makes them."""
+
+
+class BoundedResponse(http.client.HTTPResponse):
+    """A host's answer whose headers are short: in memory they take six times their bytes."""
+
+    def begin(self) -> None:
+        """Read status and headers, of MAX_HEAD_BYTES at most."""
+        stream, left = self.fp, MAX_HEAD_BYTES
+
+        def readline(size: int | None = -1) -> bytes:
+            nonlocal left
+            line = type(stream).readline(stream, size)
+            left -= len(line)
+            if left < 0:
+                raise http.client.LineTooLong("headers")
+            return line
+
+        stream.readline = readline  # type: ignore[method-assign]
+        try:
+            super().begin()
+        finally:
+            del stream.readline
+
+
+class Connection(urllib3.connection.HTTPConnection):
+    """A connection to the host of a picture; the next request may use it, if it comes at once."""
+
+    response_class = BoundedResponse
+
+    def _new_conn(self):
+        self.timeout = thread.budget.seconds_left()
+        sock = DeadlineSocket(fileno=look_up(self.host, super()._new_conn).detach())
+        try:
+            sock.settimeout(thread.budget.seconds_left())
+        except TimeoutError:
+            sock.close()
+            raise
+        return sock
+
+    @property
+    def is_connected(self):
+        """Say whether it can still be used: few hosts hang up in the first second."""
+        used = getattr(self.sock, "used", 0)
+        return super().is_connected and time.monotonic() - used < IDLE_SECONDS
+
+
+class TLSConnection(Connection, urllib3.connection.HTTPSConnection):
+    """The same for https."""
+
+
+class Pool(urllib3.HTTPConnectionPool):
+    """The connections to one address."""
+
+    ConnectionCls = Connection
+
+
+class TLSPool(urllib3.HTTPSConnectionPool):
+    """The same for https."""
+
+    ConnectionCls = TLSConnection
+
+
+class GuardedAdapter(IPFilterAdapter):
+    """Connects to no private address, except to one of an allowed host."""
+
+    def __init__(self, is_https: bool, is_allowed: bool):
+        super().__init__(is_https)
+        self.is_allowed = is_allowed
+        # Once more where a host ends a kept connection as the request arrives, as browsers do.
+        self.max_retries = urllib3.Retry(
+            1, connect=0, redirect=0, status=0, other=0, respect_retry_after_header=False
+        )
+
+    def init_poolmanager(self, connections, maxsize, block=False, **kwargs):
+        """Prepare for connections of the kinds above; to load the certificates takes 14 ms."""
+        context = urllib3.util.ssl_.create_urllib3_context()
+        context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
+        context.sslsocket_class = TLSDeadlineSocket
+        super().init_poolmanager(connections, MAX_IDLE, block, ssl_context=context, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TLSPool}
+
+    def cert_verify(self, conn, url, verify, cert):
+        """Leave it to the context, instead of loading all certificates for each connection."""
+
+    def build_connection_pool_key_attributes(self, request, verify, cert=None):
+        """Look the host up once, check the address, and have requests connect to just that."""
+        if self.is_allowed:
+            adapter = requests.adapters.HTTPAdapter
+            return adapter.build_connection_pool_key_attributes(self, request, verify, cert)
+        check = super().build_connection_pool_key_attributes
+        host, tls = look_up(urlsplit(request.url).hostname, check, request, verify, cert)
+        address = ip_address(host["host"].strip("[]"))
+        if any(address in network for network in NOT_PUBLIC):
+            raise ip_filter.InvalidIPAddress(address)
+        return host, tls
+
+
+get_adapter = functools.cache(GuardedAdapter)
+
+
+def open_link(url: str) -> requests.Response:
+    """Connect, unless the address is private, and return the host's answer, its body unread."""
+    prepared = requests.Request("GET", url, {"User-Agent": "clothing-gateway"}).prepare()
+    parts = urlsplit(prepared.url or "")
+    host, is_https = parts.hostname or "", parts.scheme == "https"
+    port = (443 if is_https else 80) if parts.port is None else parts.port
+    allowed = bool({host, f"{host}:{port}"} & ALLOWED_IMAGE_HOSTS)
+    usual = parts.scheme in ("http", "https") and (allowed or port in (80, 443))
+    if not usual or parts.username is not None:
+        sentence = "A link must be http or https, to port 80 or 443, without a password"
+        raise Problem(400, "link-blocked", f"{sentence}: {url:.200}")
+    plain = re.match("https?://[^/?#]", prepared.url or "")  # else requests took it as it was
+    if not plain or "%" in host or host.endswith("."):  # other ways to write a host
+        raise ValueError(host)
+    if ":" in host and not allowed and ip_address(host) not in PUBLIC_IPV6:
+        raise ip_filter.InvalidIPAddress(host)
+    return get_adapter(is_https, allowed).send(prepared, stream=True)
+
+
+def read_body(response: requests.Response, budget: Budget) -> bytes:
+    """Return the unpacked body, counting its bytes as they pass."""
+    if response.status_code != 200:
+        sentence = f"The picture's host answered {response.status_code}: {response.url:.200}"
+        raise Problem(502, "link-failed", sentence)
+    body = bytearray()
+    while chunk := response.raw.read(1 << 18, decode_content=True):
+        body += chunk
+        budget.bytes_left -= len(chunk)
+        if len(body) > IMAGE_MAX_BYTES or budget.bytes_left < 0:
+            raise RequestEntityTooLarge
+    return bytes(body)
+
+
+def fetch(url: str, budget: Budget) -> bytes:
+    """Return what a link and its redirects lead to, or raise Problem."""
+    start, thread.budget = url, budget
+    try:
+        for _ in range(1 + MAX_REDIRECTS):
+            with open_link(url) as response:
+                if not response.is_redirect:
+                    return read_body(response, budget)
+                url = urljoin(url, response.headers["Location"])
+    except ip_filter.InvalidIPAddress as error:
+        sentence = "A link must not lead to a private address"
+        raise Problem(400, "link-blocked", f"{sentence}: {url:.200}") from error
+    except requests.exceptions.InvalidHeader as error:
+        raise Problem(502, "link-failed", f"The host's answer is not HTTP: {url:.200}") from error
+    except ValueError as error:
+        sentence = "A link must look like https://host/picture.jpg"
+        raise Problem(400, "link-malformed", f"{sentence}: {url:.200}") from error
+    except (TimeoutError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        if time.monotonic() > budget.deadline:
+            raise Problem(504, "link-timeout", f"The host is too slow: {url:.200}") from error
+        raise Problem(502, "link-failed", f"The host does not answer: {url:.200}") from error
+    raise Problem(502, "link-failed", f"More than {MAX_REDIRECTS} redirects: {start:.200}")
+
+
+def fetch_all(urls: list[str]) -> list[bytes]:
+    """Return what the links lead to, all fetched at once, within IMAGE_TIMEOUT_SECONDS."""
+    budget = Budget(IMAGE_TIMEOUT_SECONDS)
+    if len(urls) == 1:  # to wake another thread would cost as much as to fetch
+        return [fetch(urls[0], budget)]
+
+    def fetch_one(number: int, url: str) -> bytes:
+        with about_picture(number, len(urls)):
+            return fetch(url, budget)
+
+    jobs = [fetch_pool.submit(fetch_one, number, url) for number, url in enumerate(urls, 1)]
+    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+    if failed := [job for job in done if job.exception()]:
+        budget.deadline = 0  # for the others
+        wait(jobs)
+    return [job.result() for job in failed or jobs]
