@@ -782,6 +782,49 @@ def test_gateway_is_what_the_notebook_exports(tmp_path):
     subprocess.run([*ruff, "--config", "pyproject.toml"], cwd=ROOT, check=True)
 
 
+def cells_of_the_gateway() -> list[str]:
+    cells = json.loads((ROOT / NOTEBOOK).read_text())["cells"]
+    tagged = [cell for cell in cells if "gateway" in cell["metadata"].get("tags", [])]
+    return ["".join(cell["source"]) for cell in tagged]
+
+
+def test_its_cells_can_run_again_one_by_one_and_all_together():
+    cells = cells_of_the_gateway()
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in [*cells, *(cell for cell in cells for _ in range(2)), *cells]:
+        exec(compile(cell, "cell", "exec"), names)
+    client = names["app"].test_client()
+    assert client.get("/livez").get_json() == {"status": "alive"}
+    assert client.get("/metrics").status_code == 200
+
+
+def test_it_can_be_read_in_one_sitting():
+    assert len((ROOT / "gateway.py").read_text().splitlines()) <= 200
+    for cell in cells_of_the_gateway():
+        assert len([line for line in cell.splitlines() if line.strip()]) <= 20
+
+
+LOOK = """
+import logging, mimetypes, os, sys, warnings
+import flask, numpy, PIL.Image, requests, requests_hardened.ip_filter, urllib3
+def look():
+    return [
+        flask.Request.form_data_parser_class, PIL.Image.MAX_IMAGE_PIXELS, dict(os.environ),
+        requests_hardened.ip_filter.EXTRA_BLOCKED_NET_RANGES, logging.getLogger("urllib3").level,
+        logging.getLogger().level, dict(mimetypes.types_map), list(warnings.filters),
+        urllib3.connectionpool.HTTPConnectionPool.ConnectionCls, requests.adapters.DEFAULT_RETRIES,
+    ]
+before = look()
+import gateway
+assert "gateway" in sys.modules and look() == before
+"""
+
+
+def test_importing_it_changes_no_other_library():
+    done = subprocess.run([sys.executable, "-c", LOOK], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_readme_names_every_variable_with_its_default() -> None:
     files = ("gateway.py", "links.py", "web.py", "gunicorn.conf.py")
     sources = [(ROOT / name).read_text() for name in files]
