@@ -34,7 +34,8 @@ In these things it departs from TensorFlow Serving, each time to say sooner what
 
 ``server`` starts and stops everything; ``config`` reads which models to serve, ``manager`` knows
 their versions, ``servable`` is one of them; ``service`` answers requests, ``grpc_api`` and
-``rest_api`` carry them; ``tensors``, ``json_tensors`` and ``examples`` turn what is on the wire
-into NumPy arrays and back; ``warmup`` replays stored requests, ``batching`` merges those that
-come together, ``metrics`` counts and times them; ``text_protos`` reads configuration files.
+``rest_api`` carry them; ``inference`` answers for lists of Examples; ``tensors`` and
+``json_tensors`` turn what is on the wire into NumPy arrays and back; ``warmup`` replays stored
+requests, ``batching`` merges those that come together, ``metrics`` counts and times them;
+``text_protos`` reads configuration files.
 """

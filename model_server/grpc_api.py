@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
-from . import metrics, service
+from . import inference, metrics, service
 from .errors import ServingError
 from .manager import ModelManager
 
@@ -32,14 +32,14 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         check_method_name: bool = False,
         enforce_session_run_timeout: bool = False,
     ):
-        def inference(api: str, answer: Callable, *arguments: bool) -> Callable:
-            answer = partial(answer, manager, *arguments, check_method_name)
+        def handler(api: str, answer: Callable, *arguments: Any) -> Callable:
+            answer = partial(answer, *arguments, check_method_name)
             return _handler(answer, api, enforce_session_run_timeout)
 
-        self.Predict = inference("Predict", service.predict, as_tensor_content)
-        self.Classify = inference("Classify", service.classify)
-        self.Regress = inference("Regress", service.regress)
-        self.MultiInference = inference("MultiInference", service.multi_inference)
+        self.Predict = handler("Predict", service.predict, manager, as_tensor_content)
+        self.Classify = handler("Classify", service.infer, inference.CLASSIFY, manager)
+        self.Regress = handler("Regress", service.infer, inference.REGRESS, manager)
+        self.MultiInference = handler("MultiInference", service.multi_inference, manager)
         self.GetModelMetadata = _handler(partial(service.get_model_metadata, manager))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import socket
@@ -93,114 +94,16 @@ class ModelServer:
         """Load the model, then open the ports."""
         # Before gRPC is imported: it is to read its sockets in the threads that wait for them.
         os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
-        from . import batching, metrics, text_protos
-        from . import config as model_config
-
-        models = (
-            model_config.read(self.model_config_file)
-            if self.model_config_file
-            else model_config.single_model(self.model_name, self.model_base_path)
-        )
-        if self.enable_batching:
-            file = self.batching_parameters_file
-            parameters = batching.BatchingParameters
-            self._batch_scheduler = batching.BatchScheduler(
-                parameters.from_file(file) if file else parameters(),
-                self.enable_per_model_batching_parameters,
-            )
-        file = self.monitoring_config_file
-        metrics_path = metrics.prometheus_path(file) if file else None
-        credentials = _credentials(self.ssl_config_file) if self.ssl_config_file else None
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
-        with _quiet_stderr():
-            import tensorflow as tf
-
-            from . import grpc_api, manager, rest_api, servable, warmup
-
-        tf.get_logger().setLevel(logging.ERROR)
-        config = tf.compat.v1.ConfigProto(
-            # Half of the cores for one operation: the others have requests of their own to
-            # carry. bench/README.md has the numbers. A container may have fewer cores than its
-            # machine, which TensorFlow is told by this variable.
-            intra_op_parallelism_threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS", "0"))
-            or max(1, (os.cpu_count() or 1) // 2)
-        )
-        if self.tensorflow_session_config_file:
-            text_protos.read(self.tensorflow_session_config_file, config)
-        if self.tensorflow_intra_op_parallelism:
-            config.intra_op_parallelism_threads = self.tensorflow_intra_op_parallelism
-        if self.tensorflow_inter_op_parallelism:
-            config.inter_op_parallelism_threads = self.tensorflow_inter_op_parallelism
-        if self.per_process_gpu_memory_fraction:
-            share = self.per_process_gpu_memory_fraction
-            config.gpu_options.per_process_gpu_memory_fraction = share
-
-        def load(path: Path) -> servable.Servable:
-            begin = time.monotonic()
-            loaded = servable.Servable(path, self.saved_model_tags, config, self._batch_scheduler)
-            middle = time.monotonic()
-            replayed = 0
-            if self.enable_model_warmup:
-                try:
-                    replayed = warmup.replay(
-                        loaded, path, max(1, self.num_request_iterations_for_warmup)
-                    )
-                except Exception:
-                    loaded.close()
-                    raise
-            log.info(
-                "loaded %s in %.0f ms, replayed %d warm-up requests in %.0f ms",
-                *(path, (middle - begin) * 1e3, replayed, (time.monotonic() - middle) * 1e3),
-            )
-            return loaded
-
-        def make_model(name: str) -> manager.Model:
-            poll_once = self.file_system_poll_wait_seconds == 0
-            return manager.Model(
-                name,
-                load,
-                0 if poll_once else self.max_num_load_retries,
-                self.load_retry_interval_micros,
-            )
-
-        self._manager = manager.ModelManager(
-            make_model,
-            self.file_system_poll_wait_seconds,
-            self.allow_version_labels_for_unavailable_models,
-            self.force_allow_any_version_labels_for_unavailable_models,
-        )
-        self._manager.configure(models)
-        self._manager.start()
-        self._manager.wait_until_available()
-
-        self._grpc_server = grpc_api.make_server(
-            self._manager,
-            self.grpc_max_threads,
-            self.grpc_channel_arguments,
-            self.enable_serialization_as_tensor_content,
-            self.enable_signature_method_name_check,
-            self.enable_grpc_healthcheck_service,
-            self.enforce_session_run_timeout,
-        )
-        self._grpc_socket.close()
-        self._listen(f"0.0.0.0:{self.port}", credentials)
-        if self.grpc_socket_path:
-            self._listen(f"unix:{self.grpc_socket_path}", credentials)
-        self._grpc_server.start()
-        log.info("gRPC API is open on port %d", self.port)
+        # The files first: what is wrong in them is said before seconds of importing and loading.
+        models = self._read_model_config()
+        self._batch_scheduler = self._make_batch_scheduler()
+        metrics_path = self._read_metrics_path()
+        credentials = self._read_credentials()
+        _import_tensorflow()
+        self._load_models(models)
+        self._open_grpc(credentials)
         if self._rest_socket:
-            self._rest_server = rest_api.RestServer(
-                rest_api.make_app(
-                    self._manager,
-                    max(0, self.rest_api_timeout_in_ms),
-                    metrics_path,
-                    self.enable_signature_method_name_check,
-                    self.rest_api_enable_cors_support,
-                ),
-                self._rest_socket,
-                self.rest_api_num_threads,
-            )
-            log.info("REST API is open on port %d", self.rest_api_port)
+            self._open_rest(self._rest_socket, metrics_path)
         if self.model_config_file and self.model_config_file_poll_wait_seconds > 0:
             threading.Thread(target=self._poll_model_config, name="config", daemon=True).start()
 
@@ -226,6 +129,139 @@ class ModelServer:
         if self._rest_socket:
             self._rest_socket.close()
 
+    def _read_model_config(self) -> Any:
+        """Say which models to serve, as a ``ModelServerConfig``."""
+        from . import config
+
+        if self.model_config_file:
+            return config.read(self.model_config_file)
+        return config.single_model(self.model_name, self.model_base_path)
+
+    def _make_batch_scheduler(self) -> Any:
+        """Start the threads that run batches; None without ``enable_batching``."""
+        from .batching import BatchingParameters, BatchScheduler
+
+        if not self.enable_batching:
+            return None
+        file = self.batching_parameters_file
+        parameters = BatchingParameters.from_file(file) if file else BatchingParameters()
+        return BatchScheduler(parameters, self.enable_per_model_batching_parameters)
+
+    def _read_metrics_path(self) -> str | None:
+        """Say where Prometheus finds the metrics; None for nowhere."""
+        from . import metrics
+
+        file = self.monitoring_config_file
+        return metrics.prometheus_path(file) if file else None
+
+    def _read_credentials(self) -> Any:
+        """Read an ``SSLConfig``: the server's key and certificate, and whether clients need one.
+
+        None, without such a file, means that gRPC is in the clear.
+        """
+        if not self.ssl_config_file:
+            return None
+        import grpc
+
+        from . import text_protos
+
+        ssl_config = text_protos.read(self.ssl_config_file, text_protos.SSLConfig())
+        key, certificate = ssl_config.server_key.encode(), ssl_config.server_cert.encode()
+        root_certificates = ssl_config.custom_ca.encode() or None
+        if ssl_config.client_verify and not root_certificates:
+            raise ValueError(
+                f"{self.ssl_config_file}: client_verify needs a custom_ca to verify clients by"
+            )
+        return grpc.ssl_server_credentials(
+            [(key, certificate)], root_certificates, ssl_config.client_verify
+        )
+
+    def _load_models(self, models: Any) -> None:
+        """Load what a ``ModelServerConfig`` lists, and wait until all of it is AVAILABLE."""
+        from . import manager
+
+        session_config = self._session_config()
+        load = functools.partial(self._load_version, session_config)
+        # Who looks for versions only once does not try twice to load them either.
+        looks_once = self.file_system_poll_wait_seconds == 0
+        retries = 0 if looks_once else self.max_num_load_retries
+        self._manager = manager.ModelManager(
+            lambda name: manager.Model(name, load, retries, self.load_retry_interval_micros),
+            self.file_system_poll_wait_seconds,
+            self.allow_version_labels_for_unavailable_models,
+            self.force_allow_any_version_labels_for_unavailable_models,
+        )
+        self._manager.configure(models)
+        self._manager.start()
+        self._manager.wait_until_available()
+
+    def _session_config(self) -> Any:
+        """Make the ``ConfigProto`` of each version's session: of its threads and of the GPU."""
+        from tensorflow.core.protobuf import config_pb2
+
+        from . import text_protos
+
+        config = config_pb2.ConfigProto(
+            # Half of the cores for one operation: the others have requests of their own to
+            # carry. bench/README.md has the numbers. A container may have fewer cores than its
+            # machine, which TensorFlow is told by this variable.
+            intra_op_parallelism_threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS", "0"))
+            or max(1, (os.cpu_count() or 1) // 2)
+        )
+        if self.tensorflow_session_config_file:
+            text_protos.read(self.tensorflow_session_config_file, config)
+        if self.tensorflow_intra_op_parallelism:
+            config.intra_op_parallelism_threads = self.tensorflow_intra_op_parallelism
+        if self.tensorflow_inter_op_parallelism:
+            config.inter_op_parallelism_threads = self.tensorflow_inter_op_parallelism
+        if self.per_process_gpu_memory_fraction:
+            share = self.per_process_gpu_memory_fraction
+            config.gpu_options.per_process_gpu_memory_fraction = share
+        return config
+
+    def _load_version(self, session_config: Any, path: Path) -> Any:
+        """Load the version of a model in the folder ``path``, and warm it up."""
+        from . import servable, warmup
+
+        begin = time.monotonic()
+        loaded = servable.Servable(
+            path, self.saved_model_tags, session_config, self._batch_scheduler
+        )
+        middle = time.monotonic()
+        replayed = 0
+        if self.enable_model_warmup:
+            iterations = max(1, self.num_request_iterations_for_warmup)
+            try:
+                replayed = warmup.replay(loaded, path, iterations)
+            except Exception:
+                loaded.close()
+                raise
+        log.info(
+            "loaded %s in %.0f ms, replayed %d warm-up requests in %.0f ms",
+            *(path, (middle - begin) * 1e3, replayed, (time.monotonic() - middle) * 1e3),
+        )
+        return loaded
+
+    def _open_grpc(self, credentials: Any) -> None:
+        """Open the gRPC API, on its port and on its UNIX socket, if it is to have one."""
+        from . import grpc_api
+
+        self._grpc_server = grpc_api.make_server(
+            self._manager,
+            self.grpc_max_threads,
+            self.grpc_channel_arguments,
+            self.enable_serialization_as_tensor_content,
+            self.enable_signature_method_name_check,
+            self.enable_grpc_healthcheck_service,
+            self.enforce_session_run_timeout,
+        )
+        self._grpc_socket.close()
+        self._listen(f"0.0.0.0:{self.port}", credentials)
+        if self.grpc_socket_path:
+            self._listen(f"unix:{self.grpc_socket_path}", credentials)
+        self._grpc_server.start()
+        log.info("gRPC API is open on port %d", self.port)
+
     def _listen(self, address: str, credentials: Any) -> None:
         """Let the gRPC server listen at an address, in the clear unless there are credentials."""
         try:
@@ -244,6 +280,20 @@ class ModelServer:
                     f"cannot listen at {address}: give another path with --grpc_socket_path"
                 ) from error
             raise _port_error(self.port, "--port", errno.EADDRINUSE) from error
+
+    def _open_rest(self, bound_socket: socket.socket, metrics_path: str | None) -> None:
+        """Open the REST API, with the metrics at ``metrics_path``, if they are wanted."""
+        from . import rest_api
+
+        app = rest_api.RestApi(
+            self._manager,
+            max(0, self.rest_api_timeout_in_ms),
+            metrics_path,
+            self.enable_signature_method_name_check,
+            self.rest_api_enable_cors_support,
+        )
+        self._rest_server = rest_api.RestServer(app, bound_socket, self.rest_api_num_threads)
+        log.info("REST API is open on port %d", self.rest_api_port)
 
     def _poll_model_config(self) -> None:
         """Follow the model config file until the server stops; say once what is wrong with it."""
@@ -301,20 +351,15 @@ def _port_error(port: int, flag: str, number: int | None) -> OSError:
     return OSError(f"cannot open port {port} ({reason}): give another port with {flag}")
 
 
-def _credentials(ssl_config_file: str) -> Any:
-    """Read an ``SSLConfig``: the server's key and certificate, and whether clients need one."""
-    import grpc
+def _import_tensorflow() -> None:
+    """Import TensorFlow and what needs it, which takes seconds, without a word of TensorFlow's."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
+    with _quiet_stderr():
+        import tensorflow as tf
 
-    from . import text_protos
+        from . import grpc_api, manager, rest_api, servable, warmup  # noqa: F401
 
-    ssl_config = text_protos.read(ssl_config_file, text_protos.SSLConfig())
-    key, certificate = ssl_config.server_key.encode(), ssl_config.server_cert.encode()
-    root_certificates = ssl_config.custom_ca.encode() or None
-    if ssl_config.client_verify and not root_certificates:
-        raise ValueError(f"{ssl_config_file}: client_verify needs a custom_ca to verify clients by")
-    return grpc.ssl_server_credentials(
-        [(key, certificate)], root_certificates, ssl_config.client_verify
-    )
+    tf.get_logger().setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
