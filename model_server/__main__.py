@@ -16,11 +16,11 @@ from .server import ModelServer
 log = logging.getLogger("model_server")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Serve until SIGTERM or SIGINT; exit with status 1 and one sentence when that cannot be."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    fields = parse_flags(sys.argv[1:])
+    fields = parse_flags(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit)
     try:
@@ -228,4 +228,4 @@ WITHOUT_EFFECT = [
 ]
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

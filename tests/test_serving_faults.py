@@ -22,8 +22,8 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Client, Server, eventually, free_port, wait_until_available
-from test_model_server_lifecycle import NAME, ZERO, export_counter, number, warm_up_request
+from conftest import Client, Server, eventually, free_port, refused, wait_until_available
+from helpers.counter import NAME, ZERO, export_counter, number, warm_up_request
 
 Code = grpc.StatusCode
 
@@ -263,7 +263,7 @@ def restarted(
     files = {file: file.stat().st_mtime_ns for file in base_path.rglob("*")}
     start = partial(
         start_model_server,
-        *(base_path, "--grpc_max_threads=1"),
+        *(base_path, "--grpc_max_threads=1", "--enforce_session_run_timeout"),
         model_name=NAME,
         ports=(free_port(), free_port()),
     )
@@ -296,3 +296,13 @@ def test_grpc_max_threads(restarted: Server) -> None:
         assert number(quick.result()) == 1
         eventually(lambda: len(order) == 2, "both are done")
         assert order == ["slow", "quick"], "a second thread has answered"
+
+
+def test_requests_are_given_up_at_their_deadline_when_asked_for(restarted: Server) -> None:
+    with Client(restarted, NAME) as client:
+        client.predict(x=ZERO)
+        hour = client.request("wait", seconds=np.float64(3600))
+        late = refused(lambda: client.prediction.Predict(hour, timeout=0.5))
+        assert late[0] == Code.DEADLINE_EXCEEDED
+        after = client.prediction.Predict(client.request(x=ZERO), timeout=60)
+        assert number(after) == 1, "the only thread is free again"
