@@ -324,6 +324,7 @@ def start_model_server(launch: Callable[..., Server]) -> Callable[..., Server]:
         model_name: str = "clothing-model",
         ports: tuple[int, int] | None = None,
         wait: bool = True,
+        **env: str,
     ) -> Server:
         grpc_port, rest_port = ports or (free_port(), free_port())
         server = launch(
@@ -334,6 +335,7 @@ def start_model_server(launch: Callable[..., Server]) -> Callable[..., Server]:
             ],
             http=f"http://127.0.0.1:{rest_port}",
             grpc=f"127.0.0.1:{grpc_port}",
+            **env,
         )
         if wait:
             wait_until_available(server, model_name)
