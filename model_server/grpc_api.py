@@ -16,7 +16,7 @@ from .errors import ServingError
 from .manager import ModelManager
 
 log = logging.getLogger(__name__)
-logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # a traceback for broken requests
+logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # no traceback for a broken request
 
 # A status travels in HTTP/2 headers, for which clients accept 8 KiB unless told otherwise.
 MAX_STATUS_CHARACTERS = 2000
@@ -79,7 +79,7 @@ def make_server(
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(manager), server)
     server.add_generic_rpc_handlers([_NotCovered()])
     if with_health:
-        # It says SERVING from the start: the port opens when every model is there.
+        # SERVING from the start, because the port opens only when every model is loaded.
         servicer = health.HealthServicer()
         for name in ("PredictionService", "ModelService"):
             servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -88,10 +88,10 @@ def make_server(
 
 
 class _NotCovered(grpc.GenericRpcHandler):
-    """Says of TensorFlow's other methods that they are not there, in a sentence."""
+    """Answers TensorFlow's other methods with a sentence that says they are not covered."""
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """Find the handler of a method that no service has."""
+        """Return a handler that refuses a method of TensorFlow's; None for anybody else's."""
         method = details.method
         if not method.startswith("/tensorflow."):
             return None
@@ -132,7 +132,7 @@ def _handler(
 
 
 def _milliseconds(seconds: float | None) -> int:
-    """Round a limit of time up to at least 1; 0 when there is none, or none worth the name."""
+    """Round a time limit up, to at least 1 ms; 0 when there is none, or more than eleven days."""
     return 0 if seconds is None or seconds > 1e6 else math.ceil(seconds * 1e3) or 1
 
 

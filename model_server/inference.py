@@ -19,13 +19,14 @@ from .tensors import shape_name
 
 @dataclass(frozen=True)
 class Method:
-    """One of the two methods that run a signature on Examples, and all that sets it apart.
+    """One of the two methods that run a signature on Examples, and where they differ.
 
     ``name`` is the ``method_name`` of its signatures, ``api`` the RPC, ``kind`` the noun in
     messages and fields. ``outputs`` maps the outputs that a signature may have to their
-    ``DataType``; at least one of them must be there. ``wrong_count`` and ``missing`` are the
-    messages for a signature with too many outputs or with others. ``make_result`` turns arrays, of
-    which each has a row for every example, into a message, ``rows`` such a message into JSON.
+    ``DataType``; it must have at least one of them. ``wrong_count`` is the message for a signature
+    with another number of outputs, ``missing`` for one with none of these. ``make_result`` turns
+    the outputs for a number of examples into a result message, ``rows`` turns that into a list for
+    JSON.
     """
 
     name: str
@@ -140,8 +141,8 @@ def serialize(inputs: Any) -> np.ndarray:
     context = b""
     examples = inputs.example_list.examples
     if inputs.WhichOneof("kind") == "example_list_with_context":
-        # Two messages, one after the other, parse as one: where both have a feature, the example's
-        # counts.
+        # Two messages, one after the other, parse as one message. Where both have a feature, the
+        # second counts, which is the example's.
         context = inputs.example_list_with_context.context.SerializeToString()
         examples = inputs.example_list_with_context.examples
     if not examples:

@@ -38,7 +38,7 @@ _MODEL = (
 GET_PATH = re.compile(rf"{_MODEL}(?P<metadata>/metadata)?")
 METHODS = {method.api.lower(): method for method in inference.METHODS.values()}
 POST_PATH = re.compile(rf"{_MODEL}:(?P<method>predict|{'|'.join(METHODS)})")
-# What stands before the path where a client sends a whole URL, as it would to a proxy.
+# The start of a whole URL, which some clients send in place of a path, as they would to a proxy.
 ORIGIN = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)
 
 HTTP_STATUS = {
@@ -62,7 +62,7 @@ CORS_HEADERS = {
     "Access-Control-Allow-Headers": "Content-Type",
 }
 MAX_BODY_BYTES = 2**31 - 1
-MAX_UNPACKED_BYTES = 100 * 2**20  # a few bytes can unpack to very many
+MAX_UNPACKED_BYTES = 100 * 2**20  # a body of kilobytes can unpack to gigabytes
 
 
 @dataclass
@@ -81,7 +81,7 @@ class RestApi:
     with_cors: bool = False
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        """Answer a request as WSGI has it; what fails for no reason of the client's is logged."""
+        """Answer a WSGI request; an error that is not the client's is logged, too."""
         return Request.application(self._respond)(environ, start_response)
 
     def _respond(self, request: Request) -> Response:
@@ -99,9 +99,9 @@ class RestApi:
         return response
 
     def _route(self, request: Request) -> Response:
-        """Find what a request asks for; raise ServingError where there is nothing."""
-        # The address as it was sent, since a model's name may hold %2F, and with its query, which
-        # counts as part of the path.
+        """Answer what the address asks for; raise ServingError where there is nothing."""
+        # The address as it was sent, because a model's name may contain %2F. A query counts as part
+        # of the path.
         path = ORIGIN.sub("", request.environ["REQUEST_URI"])
         if request.path == self.metrics_path:
             return Response(metrics.page(), content_type=metrics.CONTENT_TYPE)
@@ -189,16 +189,16 @@ class RestServer:
         threading.Thread(target=self._server.run, name="rest", daemon=True).start()
 
     def stop(self, deadline: float) -> None:
-        """Accept nothing more; return when all is answered, or when ``time.monotonic()`` is due."""
+        """Accept nothing more; return when all is answered, or at ``deadline`` (monotonic time)."""
         server = self._server
-        in_polling_thread = server.trigger.pull_trigger  # no other may touch the sockets
+        in_polling_thread = server.trigger.pull_trigger  # no other thread may touch the sockets
         in_polling_thread(lambda: wasyncore.dispatcher.close(server))
         while time.monotonic() < deadline and any(
             channel.request or channel.requests or channel.total_outbufs_len
             for channel in list(server.active_channels.values())
         ):
             time.sleep(0.01)
-        with suppress(OSError):  # that it may be done, and the trigger closed, before it is pulled
+        with suppress(OSError):  # the polling thread may be done, and have closed the trigger
             in_polling_thread(self._close_connections)
         server.task_dispatcher.shutdown(timeout=max(0, deadline - time.monotonic()))
 
@@ -209,7 +209,7 @@ class RestServer:
 
 
 def _body(request: Request) -> bytes:
-    """Read the body of a request, unpacked where it came packed."""
+    """Read the body of a request, unpacked if it is compressed."""
     body = request.get_data(cache=False)
     if "gzip" not in request.headers.get("Content-Encoding", ""):
         return body
@@ -235,7 +235,7 @@ def _signature_name(document: dict[str, Any]) -> str:
 
 
 def _spec(match: re.Match[str]) -> Any:
-    """Make the ``ModelSpec`` that an address stands for."""
+    """Make the ``ModelSpec`` of the model, version or label in an address."""
     spec = model_pb2.ModelSpec(name=_decode(match["name"]))
     if match["label"]:
         spec.version_label = _decode(match["label"])

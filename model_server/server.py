@@ -25,8 +25,8 @@ class ModelServer:
     The fields are the command line's flags. Making an object reserves its ports, and raises OSError
     when one is taken. ``start`` imports TensorFlow, waits for the first version of each model to be
     loaded and warmed up, and only then opens the ports; it raises ValueError when a file is wrong,
-    ServingError when loading is given up. ``stop`` refuses new requests and lets those in flight
-    end, for ``grace_seconds``.
+    ServingError when loading is given up. ``stop`` refuses new requests and gives those in flight
+    ``grace_seconds`` to end.
     """
 
     model_base_path: str = ""
@@ -78,8 +78,8 @@ class ModelServer:
         self._stopping = threading.Event()
         self._grpc_server: Any = None
         self._rest_server: Any = None
-        # Bound but not listening: nobody else can take the ports while TensorFlow is imported and
-        # the model loaded, and clients see them closed.
+        # Bound but not listening: while TensorFlow is imported and the model loaded, nobody else
+        # can take the ports, and clients find them closed.
         self._grpc_socket = _reserve(self.port, "--port")
         self.port = self._grpc_socket.getsockname()[1]
         self._rest_socket = None
@@ -92,9 +92,10 @@ class ModelServer:
 
     def start(self) -> None:
         """Load the model, then open the ports."""
-        # Before gRPC is imported: it is to read its sockets in the threads that wait for them.
+        # gRPC reads this when it is imported. Without its event engine, the threads that wait for a
+        # socket also read from it.
         os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
-        # The files first: what is wrong in them is said before seconds of importing and loading.
+        # The files come first, so that nobody waits for TensorFlow to be told of a mistake in them.
         models = self._read_model_config()
         self._batch_scheduler = self._make_batch_scheduler()
         metrics_path = self._read_metrics_path()
@@ -115,8 +116,9 @@ class ModelServer:
             grpc_stopped = self._grpc_server.stop(self.grace_seconds)
             if self._rest_server:
                 self._rest_server.stop(deadline)
-            # What gRPC has not handed over in a quiet second it never will, and who watches the
-            # health would stay for ever: have them ask another server instead of waiting.
+            # After a second without a request, gRPC has none left to hand over. Only clients that
+            # watch the health are still connected, and they would stay for ever. Close their
+            # connections, so that they ask another server.
             while not grpc_stopped.wait(1):
                 if not self._manager.is_busy():
                     self._grpc_server.stop(None)
@@ -130,7 +132,7 @@ class ModelServer:
             self._rest_socket.close()
 
     def _read_model_config(self) -> Any:
-        """Say which models to serve, as a ``ModelServerConfig``."""
+        """Return the ``ModelServerConfig`` of the models to serve."""
         from . import config
 
         if self.model_config_file:
@@ -148,7 +150,7 @@ class ModelServer:
         return BatchScheduler(parameters, self.enable_per_model_batching_parameters)
 
     def _read_metrics_path(self) -> str | None:
-        """Say where Prometheus finds the metrics; None for nowhere."""
+        """Return the path where Prometheus finds the metrics, None for nowhere."""
         from . import metrics
 
         file = self.monitoring_config_file
@@ -182,7 +184,7 @@ class ModelServer:
 
         session_config = self._session_config()
         load = functools.partial(self._load_version, session_config)
-        # Who looks for versions only once does not try twice to load them either.
+        # A server that looks for versions only once tries only once to load them, too.
         looks_once = self.file_system_poll_wait_seconds == 0
         retries = 0 if looks_once else self.max_num_load_retries
         self._manager = manager.ModelManager(
@@ -196,15 +198,15 @@ class ModelServer:
         self._manager.wait_until_available()
 
     def _session_config(self) -> Any:
-        """Make the ``ConfigProto`` of each version's session: of its threads and of the GPU."""
+        """Make the ``ConfigProto`` of every session: its threads, and its share of a GPU."""
         from tensorflow.core.protobuf import config_pb2
 
         from . import text_protos
 
         config = config_pb2.ConfigProto(
-            # Half of the cores for one operation: the others have requests of their own to
-            # carry. bench/README.md has the numbers. A container may have fewer cores than its
-            # machine, which TensorFlow is told by this variable.
+            # One operation gets half of the cores, and leaves the others to other requests:
+            # bench/README.md has the numbers. A container may use fewer cores than its machine has,
+            # and this variable says how many.
             intra_op_parallelism_threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS", "0"))
             or max(1, (os.cpu_count() or 1) // 2)
         )
@@ -243,7 +245,7 @@ class ModelServer:
         return loaded
 
     def _open_grpc(self, credentials: Any) -> None:
-        """Open the gRPC API, on its port and on its UNIX socket, if it is to have one."""
+        """Open the gRPC API on its port, and on a UNIX socket where a path is given."""
         from . import grpc_api
 
         self._grpc_server = grpc_api.make_server(
@@ -282,7 +284,7 @@ class ModelServer:
             raise _port_error(self.port, "--port", errno.EADDRINUSE) from error
 
     def _open_rest(self, bound_socket: socket.socket, metrics_path: str | None) -> None:
-        """Open the REST API, with the metrics at ``metrics_path``, if they are wanted."""
+        """Open the REST API, with the metrics at ``metrics_path`` unless that is None."""
         from . import rest_api
 
         app = rest_api.RestApi(
@@ -296,7 +298,7 @@ class ModelServer:
         log.info("REST API is open on port %d", self.rest_api_port)
 
     def _poll_model_config(self) -> None:
-        """Follow the model config file until the server stops; say once what is wrong with it."""
+        """Follow the model config file until the server stops; log each mistake in it once."""
         from . import config as model_config
         from .errors import ServingError
 
@@ -352,7 +354,7 @@ def _port_error(port: int, flag: str, number: int | None) -> OSError:
 
 
 def _import_tensorflow() -> None:
-    """Import TensorFlow and what needs it, which takes seconds, without a word of TensorFlow's."""
+    """Import TensorFlow and what needs it, and keep TensorFlow quiet; this takes seconds."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
     with _quiet_stderr():
         import tensorflow as tf
@@ -364,7 +366,7 @@ def _import_tensorflow() -> None:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Send what C++ writes to standard error to nowhere; its logging cannot be told otherwise."""
+    """Discard what C++ code writes to standard error, which no setting of its log prevents."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

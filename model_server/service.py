@@ -22,7 +22,7 @@ METHOD_NAMES = ("tensorflow/serving/predict", *inference.METHODS)
 
 
 def check_method(signature: Any, check_method_name: bool) -> None:
-    """Raise `ServingError` when a signature is not made for inference, if that is to be checked."""
+    """Raise ServingError when a signature's method is no known one, if that is to be checked."""
     if check_method_name and signature.method_name not in METHOD_NAMES:
         raise ServingError(
             grpc.StatusCode.INTERNAL,

@@ -1,4 +1,4 @@
-"""The requests stored beside a SavedModel, replayed before its first client comes."""
+"""Replays the requests stored beside a SavedModel, before its first client comes."""
 
 from collections.abc import Callable
 from functools import partial
