@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, Client, Server, eventually, refused
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from helpers.counter import NAME, ZERO, export_counter, number, warm_up_request
+from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_up_request
 from helpers.model_server import ask, run_main, run_process, write_warm_up
 from tensorflow_serving.apis import model_management_pb2
 
@@ -88,36 +87,17 @@ def test_rest_prediction_that_takes_too_long_is_504(server: Server, client: Clie
 def test_new_version_takes_over_without_a_failed_request(
     server: Server, client: Client, base_path: Path
 ) -> None:
-    enough = threading.Event()
-    begun = threading.Barrier(5)
-
-    def hammer(_: int) -> list[tuple[int, int]]:
-        answers = []
-        with Client(server, client.model_name) as own:
-            while not enough.is_set():
-                response = own.predict(x=ZERO)
-                answers.append((response.model_spec.version.value, number(response)))
-                if len(answers) == 1:
-                    begun.wait(30)
-        return answers
-
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(hammer, number) for number in range(4)]
-        try:
-            begun.wait(30)
-            slow = client.prediction.Predict.future(client.request("wait", seconds=np.float64(3)))
-            export_counter(base_path / "2", 2)
-            client.wait_for(2, "AVAILABLE")
-            client.wait_for(1, "END")
-            assert slow.done(), "version 1 was unloaded while it answered a request"
-        finally:
-            enough.set()
-        answers = [future.result() for future in running]
+    with hammering(server, client.model_name, clients=4) as answers:
+        eventually(lambda: all(answers), "every client has had an answer")
+        slow = client.prediction.Predict.future(client.request("wait", seconds=np.float64(3)))
+        export_counter(base_path / "2", 2)
+        client.wait_for(2, "AVAILABLE")
+        client.wait_for(1, "END")
+        assert slow.done(), "version 1 was unloaded while it answered a request"
     assert slow.result().model_spec.version.value == 1
     for own in answers:
-        assert all(version == number for version, number in own)
         assert own == sorted(own)
-        assert {own[0][0], own[-1][0]} == {1, 2}
+        assert {own[0], own[-1]} == {1, 2}
     assert [status.version for status in client.statuses()] == [2, 1]
     request = client.request(x=ZERO)
     request.model_spec.version.value = 1

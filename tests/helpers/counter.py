@@ -1,11 +1,15 @@
 """A model that counts, and takes as long as it is told to; with what to warm it up."""
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from conftest import predict_request
+from conftest import Addresses, Client, predict_request
 from helpers.model_server import log_record, write_warm_up
 
 NAME = "counter"
@@ -46,3 +50,29 @@ def warm_up_request(signature_name: str = "", **inputs: Any) -> bytes:
 
 def number(response: Any) -> int:
     return int(tf.make_ndarray(response.outputs["number"])[0])
+
+
+@contextmanager
+def hammering(server: Addresses, model_name: str, clients: int = 3) -> Iterator[list[list[int]]]:
+    """Send requests all the time, and collect the numbers of the versions that answered them.
+
+    Every request must be answered, with the number of its version.
+    """
+    enough = threading.Event()
+    answers: list[list[int]] = [[] for _ in range(clients)]
+
+    def hammer(own: list[int]) -> None:
+        with Client(server, model_name) as client:
+            while not enough.is_set():
+                response = client.predict(x=ZERO)
+                own.append(number(response))
+                assert own[-1] == response.model_spec.version.value
+
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(hammer, own) for own in answers]
+        try:
+            yield answers
+        finally:
+            enough.set()
+        for future in running:
+            future.result()
