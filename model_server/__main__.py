@@ -16,20 +16,20 @@ from .server import ModelServer
 log = logging.getLogger("model_server")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Serve until SIGTERM or SIGINT; exit with status 1 and one sentence when that cannot be."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    fields = parse_flags(sys.argv[1:])
+    fields = parse_flags(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit)
     try:
         with ModelServer(**fields):
-            # A signal that another thread receives would not wake this one from a wait without end.
+            # A signal may reach another thread, and would not wake this one from an endless wait.
             while True:
                 time.sleep(0.5)
     except SystemExit:
-        os._exit(0)  # not waiting for threads that the grace period has left behind
+        os._exit(0)  # without waiting for threads that still run after the grace period
     except Exception as error:
         sys.exit(f"model_server: {error}")
 
@@ -119,7 +119,7 @@ def _channel_arguments(text: str) -> list[tuple[str, int | str]]:
 
 
 def _exit(number: int, frame: Any) -> None:
-    """End the main thread, which drains on its way out; a second signal changes nothing."""
+    """End the main thread, which lets requests end on its way out; a second signal does nothing."""
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
     log.info("%s: refusing new requests, finishing those in flight", signal.Signals(number).name)
@@ -228,4 +228,4 @@ WITHOUT_EFFECT = [
 ]
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

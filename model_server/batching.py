@@ -1,10 +1,11 @@
 """Merges concurrent requests into one run of the model, as TensorFlow Serving's batching does.
 
 Every signature of every version has a queue of batches, and all queues share a few threads. Inputs
-are merged along their first dimension and padded up to an allowed size; outputs are split again. In
-two things it is milder than TensorFlow Serving, which answers with an error: what cannot be merged
-(a scalar, inputs or outputs of different first dimensions, shapes that differ from their
-batch-mates') runs on its own, and so does each request of a batch whose merged run has failed.
+are merged along their first dimension and padded up to an allowed size; outputs are split again.
+
+TensorFlow Serving answers with an error where requests cannot be merged (a scalar, inputs or
+outputs with different first dimensions, shapes that differ within a batch), and fails all requests
+of a batch whose run fails. Here such requests run on their own.
 """
 
 import dataclasses
@@ -89,7 +90,7 @@ class BatchingParameters:
 
 @dataclasses.dataclass(eq=False)
 class _Task:
-    """A request, or a part of a large one, that waits for its outputs."""
+    """A request, or a part of a large request, that waits for its outputs."""
 
     feeds: Arrays
     size: int
@@ -108,7 +109,7 @@ class _Queue:
         self._open_size = 0
 
     def add(self, tasks: Sequence[_Task]) -> None:
-        """Take all tasks or, with a ServingError, none."""
+        """Add all tasks, or raise ServingError and add none."""
         batches, open_size = len(self._batches), self._open_size
         for task in tasks:
             if open_size + task.size > self.parameters.largest:
@@ -129,7 +130,7 @@ class _Queue:
             self._open_size += task.size
 
     def due(self) -> float:
-        """Say from what ``time.monotonic()`` on a batch may be taken; infinity if there is none."""
+        """Return the ``time.monotonic()`` at which a batch may be taken; infinity without one."""
         if not self._batches[0]:
             return math.inf
         if len(self._batches) > 1 or self._open_size >= self.parameters.largest:
@@ -222,10 +223,10 @@ class BatchScheduler:
                 for task in tasks:
                     if not task.outputs.done():
                         task.outputs.set_exception(error)
-            del batch, queue, tasks  # hold no model in memory while waiting
+            del batch, queue, tasks  # or a model would stay in memory while this thread waits
 
     def _next_batch(self) -> tuple[_Queue, list[_Task]] | None:
-        """Wait for a batch that is due, the queues taking turns; None when it is time to end."""
+        """Wait until a batch is due, and take it; queues take turns. None means: end the thread."""
         with self._changed:
             while True:
                 now = math.inf if self._closed else time.monotonic()
@@ -272,7 +273,7 @@ def _run_merged(queue: _Queue, tasks: list[_Task]) -> None:
         _run_alone(queue, tasks[0])
         return
     feeds = [
-        # The first row of the last task is padding that the model surely accepts.
+        # Pad with the last task's first row: it is a row that the model accepts.
         np.concatenate([*arrays, *[arrays[-1][:1]] * padding])
         for arrays in zip(*(task.feeds for task in tasks), strict=True)
     ]

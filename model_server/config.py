@@ -30,7 +30,7 @@ def read(file: str) -> Any:
 def single_model(name: str, base_path: str) -> Any:
     """Make the ``ModelServerConfig`` that ``--model_name`` and ``--model_base_path`` stand for.
 
-    Raises ServingError when the base path is not a folder's.
+    Raises ServingError when the base path is a URI.
     """
     config = model_server_config_pb2.ModelServerConfig()
     config.model_config_list.config.add(

@@ -1,4 +1,4 @@
-"""The one error that a request or a version of a model can end with."""
+"""The error that answers a request, or that a version of a model could not be loaded for."""
 
 import grpc
 

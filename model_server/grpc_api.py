@@ -11,12 +11,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
-from . import metrics, service
+from . import inference, metrics, service
 from .errors import ServingError
 from .manager import ModelManager
 
 log = logging.getLogger(__name__)
-logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # a traceback for broken requests
+logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # no traceback for a broken request
 
 # A status travels in HTTP/2 headers, for which clients accept 8 KiB unless told otherwise.
 MAX_STATUS_CHARACTERS = 2000
@@ -32,14 +32,14 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         check_method_name: bool = False,
         enforce_session_run_timeout: bool = False,
     ):
-        def inference(api: str, answer: Callable, *arguments: bool) -> Callable:
-            answer = partial(answer, manager, *arguments, check_method_name)
+        def handler(api: str, answer: Callable, *arguments: Any) -> Callable:
+            answer = partial(answer, *arguments, check_method_name)
             return _handler(answer, api, enforce_session_run_timeout)
 
-        self.Predict = inference("Predict", service.predict, as_tensor_content)
-        self.Classify = inference("Classify", service.classify)
-        self.Regress = inference("Regress", service.regress)
-        self.MultiInference = inference("MultiInference", service.multi_inference)
+        self.Predict = handler("Predict", service.predict, manager, as_tensor_content)
+        self.Classify = handler("Classify", service.infer, inference.CLASSIFY, manager)
+        self.Regress = handler("Regress", service.infer, inference.REGRESS, manager)
+        self.MultiInference = handler("MultiInference", service.multi_inference, manager)
         self.GetModelMetadata = _handler(partial(service.get_model_metadata, manager))
 
 
@@ -79,7 +79,7 @@ def make_server(
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(manager), server)
     server.add_generic_rpc_handlers([_NotCovered()])
     if with_health:
-        # It says SERVING from the start: the port opens when every model is there.
+        # SERVING from the start, because the port opens only when every model is loaded.
         servicer = health.HealthServicer()
         for name in ("PredictionService", "ModelService"):
             servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -88,10 +88,10 @@ def make_server(
 
 
 class _NotCovered(grpc.GenericRpcHandler):
-    """Says of TensorFlow's other methods that they are not there, in a sentence."""
+    """Answers TensorFlow's other methods with a sentence that says they are not covered."""
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """Find the handler of a method that no service has."""
+        """Return a handler that refuses a method of TensorFlow's; None for anybody else's."""
         method = details.method
         if not method.startswith("/tensorflow."):
             return None
@@ -132,7 +132,7 @@ def _handler(
 
 
 def _milliseconds(seconds: float | None) -> int:
-    """Round a limit of time up to at least 1; 0 when there is none, or none worth the name."""
+    """Round a time limit up, to at least 1 ms; 0 when there is none, or more than eleven days."""
     return 0 if seconds is None or seconds > 1e6 else math.ceil(seconds * 1e3) or 1
 
 

@@ -1,6 +1,6 @@
 """JSON to NumPy arrays and back, in the row and the column form of TensorFlow Serving's REST API.
 
-Numbers are parsed, checked and converted by functions that loop in C: a picture has 150,000.
+Functions that loop in C parse, check and convert the numbers, of which a picture has 150,000.
 """
 
 import base64
@@ -20,13 +20,14 @@ from .errors import ServingError, invalid_argument
 from .tensors import dtype_name, shape_name
 
 MAX_SHOWN_CHARACTERS = 500
-# A string, or a short form of Infinity: TensorFlow Serving reads it, Python does not.
+# A string, or the short form of Infinity, which TensorFlow Serving reads and Python does not.
 STRING_OR_INF = re.compile(rb'"(?:[^"\\]++|\\.)*+"|\bInf\b')
-# What a number that a double cannot hold has: three digits of exponent, or hundreds of digits.
+# Only a number with a three-digit exponent, or with hundreds of digits, can be too large for a
+# double.
 HUGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{309}")
-# Everything but the brackets, in a document whose strings are whole.
+# Everything but brackets, in a document whose strings are all closed.
 NOT_A_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^][{}"]++')
-# What TensorFlow Serving says of a document, by what Python says.
+# TensorFlow Serving's message for each of Python's.
 PARSE_ERRORS = {
     "Expecting value": "Invalid value.",
     "Extra data": "The document root must not be followed by other values.",
@@ -77,7 +78,7 @@ def _loads(body: bytes) -> Any:
 
 
 def _parse_error(error: json.JSONDecodeError) -> str:
-    """Say in TensorFlow Serving's words what is wrong with a document, and at which byte."""
+    """Return TensorFlow Serving's message for what is wrong in a document, and at which byte."""
     before = error.doc[: error.pos]
     message = PARSE_ERRORS.get(error.msg, error.msg)
     if error.msg == "Expecting ',' delimiter":
@@ -116,7 +117,7 @@ def _first_of_each_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_inputs(
     document: Mapping[str, Any], declared: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """Read the tensors of a predict request; say also whether they came in row form.
+    """Read the tensors of a predict request, and whether they came in row form.
 
     ``declared`` maps the inputs of the signature to their ``TensorInfo``.
     """
@@ -303,7 +304,7 @@ def _values(values: list, dtype: Any) -> np.ndarray:
 
 
 def _decimals(values: list, dtype: Any) -> np.ndarray:
-    """Convert numbers to a floating point dtype: to the next one that it has, if there is one."""
+    """Convert numbers to the nearest values of a floating-point dtype, which must not overflow."""
     try:
         doubles = np.array(values, np.float64)
     except OverflowError:
@@ -371,8 +372,8 @@ def _to_json(name: str, array: np.ndarray) -> Any:
         decoded = [value.decode("utf-8", "surrogateescape") for value in array.flat]
         return _objects(decoded).reshape(array.shape).tolist()
     if dtype.is_floating and dtype != tf.float64:
-        # By way of the shortest text that stands for the float, not of the double next to it:
-        # 0.1, not 0.10000000149011612.
+        # By way of the shortest text that stands for the float, which is 0.1. The double nearest to
+        # that float would be written 0.10000000149011612.
         return array.astype(np.float32).astype(str).astype(np.float64).tolist()
     return array.tolist()
 
@@ -388,7 +389,7 @@ def _dump(key: str, value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Write a JSON value for a message, cut where it would fill a screen."""
+    """Write a JSON value for a message, cut off after ``MAX_SHOWN_CHARACTERS``."""
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
 

@@ -1,4 +1,4 @@
-"""Which versions of which model are there, in what state, and which one answers a request."""
+"""The versions of each model: their states, and which of them answers a request."""
 
 import contextlib
 import ctypes
@@ -26,10 +26,10 @@ REMINDER_SECONDS = 60.0
 
 @dataclasses.dataclass
 class Version:
-    """A numbered version of a model, from when its folder is found until the server ends.
+    """A numbered version of a model, from the moment its folder is found until the server ends.
 
-    ``aspired`` says whether it is to be served; ``tried`` and ``seen`` are what its folder held
-    when an attempt to load it began, and at the last look.
+    ``aspired`` says whether it is to be served. ``tried`` is what its folder held when the last
+    attempt to load it began, ``seen`` what it held at the last look.
     """
 
     number: int
@@ -79,7 +79,7 @@ class Model:
         return None
 
     def trouble(self) -> str:
-        """Say in TensorFlow Serving's words why no version is available."""
+        """Return TensorFlow Serving's message for why no version is available."""
         with self.changed:
             failed = [v for v in self.versions.values() if v.aspired and v.error]
             if not failed:
@@ -95,8 +95,8 @@ class Model:
     def poll(self) -> None:
         """Bring the versions in line with the base path and the policy: load, then unload.
 
-        What the policy no longer wants goes only when something that it wants is AVAILABLE, or
-        when nothing is left to serve.
+        A version that the policy no longer wants is unloaded only when one that it wants is
+        AVAILABLE, or when it wants none.
         """
         config = self.config
         found = {} if config is None else self._find_versions(config)
@@ -166,21 +166,22 @@ class Model:
         return found
 
     def _say(self, message: str) -> None:
-        """Log a message when it is new, and again from time to time while it stays true."""
+        """Log a message when it is new, and every minute while it stays true."""
         said, when = self._said
         if message != said or time.monotonic() - when > REMINDER_SECONDS:
             log.warning(message)
             self._said = message, time.monotonic()
 
     def _wants_loading(self, version: Version, path: Path) -> bool:
-        """Say whether it is time for an attempt, the first or another."""
+        """Say whether it is time to try to load a version, for the first time or again."""
         if version.state != State.END:
             return version.state == State.START
         if version.error is None:
             return True
         before, version.seen = version.seen, _look_into(path)
         if version.seen == before != version.tried:
-            # Somebody has worked on the folder, and seems to be done: two looks agree.
+            # The files have changed since the last attempt, but not since the last look: whoever
+            # has written them seems to be done.
             version.failures, version.retry_at = 0, 0.0
         return (
             version.failures <= self._max_num_load_retries and time.monotonic() >= version.retry_at
@@ -232,18 +233,18 @@ class Model:
 
 
 def _return_free_memory() -> None:
-    """Give back to the system what glibc would keep after a graph was built, or is no more.
+    """Return to the system the memory that glibc keeps after a graph was built or freed.
 
-    That is several times what the graph holds: 250 MiB with the clothing model.
+    It is several times the size of the graph: 250 MiB with the clothing model.
     """
-    with contextlib.suppress(AttributeError):  # another C library
+    with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _look_into(path: Path) -> frozenset:
-    """Note size and time of change of everything in a folder."""
+    """Return the size and the time of change of everything in a folder."""
     entries = set()
-    with contextlib.suppress(OSError):  # gone, or not readable: that is a look, too
+    with contextlib.suppress(OSError):  # gone or unreadable, which a later look may find changed
         for entry in (path, *path.rglob("*")):
             status = entry.stat()
             entries.add((entry, status.st_size, status.st_ctime_ns))
@@ -268,8 +269,8 @@ class ModelManager:
         self._allow_any_labels = force_allow_any_version_labels_for_unavailable_models
         self._poll_wait_seconds = file_system_poll_wait_seconds
         self._configuring = threading.Lock()
-        self._configs = 0  # how many there have been, and how many a look for versions has followed
-        self._configs_polled = 0
+        self._configs = 0  # how many configs there have been
+        self._configs_polled = 0  # how many of them had come when the last look for versions began
         self._polled = threading.Condition()
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -277,8 +278,8 @@ class ModelManager:
 
     def start(self) -> None:
         """Begin to poll, in a thread of its own."""
-        # From now on the collector passes over what has been imported: a look at all of TensorFlow
-        # would hold up every thread for a fifth of a second, in mid-request.
+        # From now on the garbage collector skips what has been imported. Going through all of
+        # TensorFlow would stop every thread, and every request, for a fifth of a second.
         gc.collect()
         gc.freeze()
         self._thread.start()
@@ -346,7 +347,7 @@ class ModelManager:
                 while not model.available():
                     if error := model.lost():
                         raise error
-                    model.changed.wait(0.5)  # not without end: signals must get through
+                    model.changed.wait(0.5)  # not for ever, or no signal would be handled
 
     @contextlib.contextmanager
     def servable(self, spec: Any) -> Iterator[tuple[int, Servable]]:
@@ -435,10 +436,12 @@ class ModelManager:
                 for model in list(self._models.values()):
                     try:
                         model.poll()
-                    except Exception:  # the other models, and the next look, are not to suffer
+                    except (
+                        Exception
+                    ):  # which must end neither the other models' turn nor the thread
                         log.exception("cannot look after the versions of %s", model.name)
             with self._polled:
                 self._configs_polled = configs
                 self._polled.notify_all()
-            # Never again by itself when the interval is 0; a new config makes it look again.
+            # With an interval of 0, only a new config makes it look again.
             self._wake.wait(self._poll_wait_seconds if self._poll_wait_seconds > 0 else None)

@@ -21,7 +21,7 @@ CONTENT_TYPE = "text/plain"
 
 
 def prometheus_path(monitoring_config_file: str) -> str | None:
-    """Say where a ``MonitoringConfig`` wants the page, or None when it does not want one.
+    """Return the path at which a ``MonitoringConfig`` wants the page, or None without one.
 
     Raises ValueError with one sentence when something is wrong with the file.
     """

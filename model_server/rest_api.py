@@ -11,24 +11,19 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
 import waitress.server
 from google.protobuf import json_format
-from tensorflow_serving.apis import (
-    classification_pb2,
-    get_model_metadata_pb2,
-    get_model_status_pb2,
-    model_pb2,
-    regression_pb2,
-)
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
 from waitress import wasyncore
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Request, Response
 
-from . import examples, json_tensors, metrics, service
+from . import inference, json_tensors, metrics, service
 from .errors import ServingError, invalid_argument
 from .manager import ModelManager
 from .servable import DEFAULT_SIGNATURE
@@ -41,8 +36,9 @@ _MODEL = (
     r"(?:(?i:/versions)/(?P<version>[0-9]+)|(?i:/labels)/(?P<label>[^/:]+))?"
 )
 GET_PATH = re.compile(rf"{_MODEL}(?P<metadata>/metadata)?")
-POST_PATH = re.compile(rf"{_MODEL}:(?P<method>predict|classify|regress)")
-# What stands before the path where a client sends a whole URL, as it would to a proxy.
+METHODS = {method.api.lower(): method for method in inference.METHODS.values()}
+POST_PATH = re.compile(rf"{_MODEL}:(?P<method>predict|{'|'.join(METHODS)})")
+# The start of a whole URL, which some clients send in place of a path, as they would to a proxy.
 ORIGIN = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)
 
 HTTP_STATUS = {
@@ -66,31 +62,72 @@ CORS_HEADERS = {
     "Access-Control-Allow-Headers": "Content-Type",
 }
 MAX_BODY_BYTES = 2**31 - 1
-MAX_UNPACKED_BYTES = 100 * 2**20  # a few bytes can unpack to very many
+MAX_UNPACKED_BYTES = 100 * 2**20  # a body of kilobytes can unpack to gigabytes
 
 
-def make_app(
-    manager: ModelManager,
-    timeout_ms: int = 30_000,
-    metrics_path: str | None = None,
-    check_method_name: bool = False,
-    with_cors: bool = False,
-) -> Callable:
-    """Make the application; a prediction that takes longer than ``timeout_ms`` is a 504.
+@dataclass
+class RestApi:
+    """The REST API on the models of a manager, as a WSGI application.
 
-    A ``timeout_ms`` of 0 means without limit. ``metrics_path`` is where Prometheus finds the
-    metrics, None for nowhere; ``with_cors`` lets pages of other sites ask.
+    A prediction that takes longer than ``timeout_ms`` is a 504; 0 means without limit.
+    ``metrics_path`` is where Prometheus finds the metrics, None for nowhere; ``with_cors`` lets
+    pages of other sites ask.
     """
 
-    def status(spec: Any) -> str:
-        request = get_model_status_pb2.GetModelStatusRequest(model_spec=spec)
-        return _message_to_json(service.get_model_status(manager, request))
+    manager: ModelManager
+    timeout_ms: int = 30_000
+    metrics_path: str | None = None
+    check_method_name: bool = False
+    with_cors: bool = False
 
-    def metadata(spec: Any) -> str:
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Answer a WSGI request; an error that is not the client's is logged, too."""
+        return Request.application(self._respond)(environ, start_response)
+
+    def _respond(self, request: Request) -> Response:
+        try:
+            response = self._route(request)
+        except ServingError as error:
+            response = _error(error)
+        except HTTPException:
+            raise
+        except Exception as error:
+            log.exception("%s %s failed", request.method, request.path)
+            response = _error(ServingError(grpc.StatusCode.INTERNAL, repr(error)))
+        if self.with_cors:
+            response.headers.update(CORS_HEADERS)
+        return response
+
+    def _route(self, request: Request) -> Response:
+        """Answer what the address asks for; raise ServingError where there is nothing."""
+        # The address as it was sent, because a model's name may contain %2F. A query counts as part
+        # of the path.
+        path = ORIGIN.sub("", request.environ["REQUEST_URI"])
+        if request.path == self.metrics_path:
+            return Response(metrics.page(), content_type=metrics.CONTENT_TYPE)
+        if path[:4].lower() != "/v1/":
+            message = f"there is nothing at {path}; try /v1/models/NAME"
+            raise ServingError(grpc.StatusCode.NOT_FOUND, message)
+        if self.with_cors and request.method == "OPTIONS":
+            return _json("")
+        if request.method == "POST" and (match := POST_PATH.fullmatch(path)):
+            with metrics.request(_decode(match["name"]), match["method"], "REST"):
+                return _json(self._post(match, _body(request)))
+        if request.method == "GET" and (match := GET_PATH.fullmatch(path)):
+            return _json(self._metadata(match) if match["metadata"] else self._status(match))
+        if request.method == "GET" and path.lower() == "/v1/models":
+            raise invalid_argument("Missing model name in request.")
+        raise invalid_argument(f"Malformed request: {request.method} {path}")
+
+    def _status(self, match: re.Match[str]) -> str:
+        request = get_model_status_pb2.GetModelStatusRequest(model_spec=_spec(match))
+        return _message_to_json(service.get_model_status(self.manager, request))
+
+    def _metadata(self, match: re.Match[str]) -> str:
         request = get_model_metadata_pb2.GetModelMetadataRequest(
-            model_spec=spec, metadata_field=[service.SIGNATURE_DEF]
+            model_spec=_spec(match), metadata_field=[service.SIGNATURE_DEF]
         )
-        response = service.get_model_metadata(manager, request)
+        response = service.get_model_metadata(self.manager, request)
         signatures = get_model_metadata_pb2.SignatureDefMap()
         response.metadata[service.SIGNATURE_DEF].Unpack(signatures)
         return (
@@ -98,9 +135,17 @@ def make_app(
             f'"metadata": {{"signature_def": {_message_to_json(signatures)}}}\n}}\n'
         )
 
-    def predict(spec: Any, document: dict[str, Any]) -> str:
+    def _post(self, match: re.Match[str], body: bytes) -> str:
+        spec = _spec(match)
+        document = json_tensors.parse_body(body)
+        spec.signature_name = _signature_name(document)
+        if method := METHODS.get(match["method"]):
+            return self._infer(method, spec, document)
+        return self._predict(spec, document)
+
+    def _predict(self, spec: Any, document: dict[str, Any]) -> str:
         name = spec.signature_name or DEFAULT_SIGNATURE
-        with manager.servable(spec) as (_, servable):
+        with self.manager.servable(spec) as (_, servable):
             signature = servable.signatures.get(name)
             if signature is None:
                 raise invalid_argument(
@@ -110,63 +155,18 @@ def make_app(
                 raise invalid_argument(
                     f"Failed to get input map for signature: {spec.signature_name or 'DEFAULT'}"
                 )
-            service.check_method(signature, check_method_name)
+            service.check_method(signature, self.check_method_name)
             inputs, rows = json_tensors.parse_inputs(document, signature.inputs)
             with metrics.runtime(spec.name, "Predict"):
-                outputs = servable.predict(name, inputs, timeout_ms=timeout_ms)
+                outputs = servable.predict(name, inputs, timeout_ms=self.timeout_ms)
         return json_tensors.format_rows(outputs) if rows else json_tensors.format_columns(outputs)
 
-    def infer(spec: Any, document: dict[str, Any], make_request: Any, serve: Callable) -> str:
-        request = make_request(model_spec=spec, input=examples.parse_input(document))
-        response = serve(manager, check_method_name, request, timeout_ms)
-        return examples.format_result(response.result)
-
-    def post(match: re.Match[str], body: bytes) -> str:
-        spec = _spec(match)
-        document = json_tensors.parse_body(body)
-        spec.signature_name = _signature_name(document)
-        if match["method"] == "classify":
-            return infer(spec, document, classification_pb2.ClassificationRequest, service.classify)
-        if match["method"] == "regress":
-            return infer(spec, document, regression_pb2.RegressionRequest, service.regress)
-        return predict(spec, document)
-
-    def answer(request: Request) -> Response:
-        # As it was sent, since a model's name may hold %2F; a query counts as part of the path.
-        path = ORIGIN.sub("", request.environ["REQUEST_URI"])
-        if request.path == metrics_path:
-            return Response(metrics.page(), content_type=metrics.CONTENT_TYPE)
-        if path[:4].lower() != "/v1/":
-            message = f"there is nothing at {path}; try /v1/models/NAME"
-            raise ServingError(grpc.StatusCode.NOT_FOUND, message)
-        if with_cors and request.method == "OPTIONS":
-            return _json("")
-        if request.method == "POST" and (match := POST_PATH.fullmatch(path)):
-            with metrics.request(_decode(match["name"]), match["method"], "REST"):
-                return _json(post(match, _body(request)))
-        if request.method == "GET" and (match := GET_PATH.fullmatch(path)):
-            spec = _spec(match)
-            return _json(metadata(spec) if match["metadata"] else status(spec))
-        if request.method == "GET" and path.lower() == "/v1/models":
-            raise invalid_argument("Missing model name in request.")
-        raise invalid_argument(f"Malformed request: {request.method} {path}")
-
-    @Request.application
-    def app(request: Request) -> Response:
-        try:
-            response = answer(request)
-        except ServingError as error:
-            response = _error(error)
-        except HTTPException:
-            raise
-        except Exception as error:
-            log.exception("%s %s failed", request.method, request.path)
-            response = _error(ServingError(grpc.StatusCode.INTERNAL, repr(error)))
-        if with_cors:
-            response.headers.update(CORS_HEADERS)
-        return response
-
-    return app
+    def _infer(self, method: inference.Method, spec: Any, document: dict[str, Any]) -> str:
+        request = method.request(model_spec=spec, input=inference.parse_input(document))
+        response = service.infer(
+            method, self.manager, self.check_method_name, request, self.timeout_ms
+        )
+        return inference.format_result(method, response.result)
 
 
 class RestServer:
@@ -189,16 +189,16 @@ class RestServer:
         threading.Thread(target=self._server.run, name="rest", daemon=True).start()
 
     def stop(self, deadline: float) -> None:
-        """Accept nothing more; return when all is answered, or when ``time.monotonic()`` is due."""
+        """Accept nothing more; return when all is answered, or at ``deadline`` (monotonic time)."""
         server = self._server
-        in_polling_thread = server.trigger.pull_trigger  # no other may touch the sockets
+        in_polling_thread = server.trigger.pull_trigger  # no other thread may touch the sockets
         in_polling_thread(lambda: wasyncore.dispatcher.close(server))
         while time.monotonic() < deadline and any(
             channel.request or channel.requests or channel.total_outbufs_len
             for channel in list(server.active_channels.values())
         ):
             time.sleep(0.01)
-        with suppress(OSError):  # that it may be done, and the trigger closed, before it is pulled
+        with suppress(OSError):  # the polling thread may be done, and have closed the trigger
             in_polling_thread(self._close_connections)
         server.task_dispatcher.shutdown(timeout=max(0, deadline - time.monotonic()))
 
@@ -209,7 +209,7 @@ class RestServer:
 
 
 def _body(request: Request) -> bytes:
-    """Read the body of a request, unpacked where it came packed."""
+    """Read the body of a request, unpacked if it is compressed."""
     body = request.get_data(cache=False)
     if "gzip" not in request.headers.get("Content-Encoding", ""):
         return body
@@ -235,7 +235,7 @@ def _signature_name(document: dict[str, Any]) -> str:
 
 
 def _spec(match: re.Match[str]) -> Any:
-    """Make the ``ModelSpec`` that an address stands for."""
+    """Make the ``ModelSpec`` of the model, version or label in an address."""
     spec = model_pb2.ModelSpec(name=_decode(match["name"]))
     if match["label"]:
         spec.version_label = _decode(match["label"])

@@ -127,9 +127,10 @@ class Servable:
 def _within(
     timeout_ms: int, run: Callable[..., list[np.ndarray]], feeds: list[np.ndarray]
 ) -> list[np.ndarray]:
-    """Run with a limit of time: what is late goes on in its thread, and nobody waits for it.
+    """Run with a time limit. A run that is late goes on in its thread, but nobody waits for it.
 
-    TensorFlow's own limit is part of a callable, so that each limit would have to be warmed up.
+    TensorFlow's own limit is part of a callable. Each new limit would need a callable of its own,
+    whose first run is slow.
     """
     try:
         return _with_limits.submit(run, *feeds).result(timeout_ms / 1e3)
@@ -162,11 +163,12 @@ def _names(aliases: Iterable[str]) -> str:
 
 
 def _placeholders(graph: Any) -> frozenset[str]:
-    """Name the tensors that come from nowhere but a request.
+    """Name the tensors that only a request can provide.
 
-    Others are results of operations that a request replaces, whose rank the graph knew only for
-    its own way to them: in TensorFlow Serving's half_plus_two a column of numbers that were parsed
-    from Examples, where everybody sends a plain list.
+    An input of a signature may also be a tensor that the graph computes, in whose place a request
+    puts its own. The rank that the graph computes says nothing about the rank that clients send.
+    In TensorFlow Serving's half_plus_two, such an input is a column of numbers parsed from
+    Examples, and everybody sends it a plain list.
     """
     return frozenset(
         op.outputs[0].name for op in graph.get_operations() if op.type == "Placeholder"
@@ -179,7 +181,7 @@ def _feeds(
     """Order the inputs as ``_make_callable`` expects them, and check each against its declaration.
 
     The shape of a placeholder is checked because some of TensorFlow's kernels end the whole process
-    when they meet a tensor of another rank than they were built for.
+    when a tensor has not the rank that they were built for.
     """
     sent, wanted = set(inputs), set(signature.inputs)
     optional = set(signature.defaults)
@@ -225,7 +227,7 @@ def _feeds(
 
 
 def _outputs(signature: Any, output_filter: Sequence[str]) -> tuple[str, ...]:
-    """Check the aliases that a request wants to see; return all when it names none."""
+    """Check the aliases of the outputs that a request asks for; return all when it names none."""
     for position, alias in enumerate(output_filter):
         if alias not in signature.outputs:
             raise invalid_argument(

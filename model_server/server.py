@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import socket
@@ -24,8 +25,8 @@ class ModelServer:
     The fields are the command line's flags. Making an object reserves its ports, and raises OSError
     when one is taken. ``start`` imports TensorFlow, waits for the first version of each model to be
     loaded and warmed up, and only then opens the ports; it raises ValueError when a file is wrong,
-    ServingError when loading is given up. ``stop`` refuses new requests and lets those in flight
-    end, for ``grace_seconds``.
+    ServingError when loading is given up. ``stop`` refuses new requests and gives those in flight
+    ``grace_seconds`` to end.
     """
 
     model_base_path: str = ""
@@ -77,8 +78,8 @@ class ModelServer:
         self._stopping = threading.Event()
         self._grpc_server: Any = None
         self._rest_server: Any = None
-        # Bound but not listening: nobody else can take the ports while TensorFlow is imported and
-        # the model loaded, and clients see them closed.
+        # Bound but not listening: while TensorFlow is imported and the model loaded, nobody else
+        # can take the ports, and clients find them closed.
         self._grpc_socket = _reserve(self.port, "--port")
         self.port = self._grpc_socket.getsockname()[1]
         self._rest_socket = None
@@ -91,37 +92,121 @@ class ModelServer:
 
     def start(self) -> None:
         """Load the model, then open the ports."""
-        # Before gRPC is imported: it is to read its sockets in the threads that wait for them.
+        # gRPC reads this when it is imported. Without its event engine, the threads that wait for a
+        # socket also read from it.
         os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
-        from . import batching, metrics, text_protos
-        from . import config as model_config
+        # The files come first, so that nobody waits for TensorFlow to be told of a mistake in them.
+        models = self._read_model_config()
+        self._batch_scheduler = self._make_batch_scheduler()
+        metrics_path = self._read_metrics_path()
+        credentials = self._read_credentials()
+        _import_tensorflow()
+        self._load_models(models)
+        self._open_grpc(credentials)
+        if self._rest_socket:
+            self._open_rest(self._rest_socket, metrics_path)
+        if self.model_config_file and self.model_config_file_poll_wait_seconds > 0:
+            threading.Thread(target=self._poll_model_config, name="config", daemon=True).start()
 
-        models = (
-            model_config.read(self.model_config_file)
-            if self.model_config_file
-            else model_config.single_model(self.model_name, self.model_base_path)
-        )
-        if self.enable_batching:
-            file = self.batching_parameters_file
-            parameters = batching.BatchingParameters
-            self._batch_scheduler = batching.BatchScheduler(
-                parameters.from_file(file) if file else parameters(),
-                self.enable_per_model_batching_parameters,
-            )
+    def stop(self) -> None:
+        """Refuse new requests, wait for those in flight, close the ports."""
+        deadline = time.monotonic() + self.grace_seconds
+        self._stopping.set()
+        if self._grpc_server:
+            grpc_stopped = self._grpc_server.stop(self.grace_seconds)
+            if self._rest_server:
+                self._rest_server.stop(deadline)
+            # After a second without a request, gRPC has none left to hand over. Only clients that
+            # watch the health are still connected, and they would stay for ever. Close their
+            # connections, so that they ask another server.
+            while not grpc_stopped.wait(1):
+                if not self._manager.is_busy():
+                    self._grpc_server.stop(None)
+            self._manager.stop(deadline - time.monotonic())
+        elif self._manager:
+            self._manager.stop(0)
+        if self._batch_scheduler:
+            self._batch_scheduler.close()
+        self._grpc_socket.close()
+        if self._rest_socket:
+            self._rest_socket.close()
+
+    def _read_model_config(self) -> Any:
+        """Return the ``ModelServerConfig`` of the models to serve."""
+        from . import config
+
+        if self.model_config_file:
+            return config.read(self.model_config_file)
+        return config.single_model(self.model_name, self.model_base_path)
+
+    def _make_batch_scheduler(self) -> Any:
+        """Start the threads that run batches; None without ``enable_batching``."""
+        from .batching import BatchingParameters, BatchScheduler
+
+        if not self.enable_batching:
+            return None
+        file = self.batching_parameters_file
+        parameters = BatchingParameters.from_file(file) if file else BatchingParameters()
+        return BatchScheduler(parameters, self.enable_per_model_batching_parameters)
+
+    def _read_metrics_path(self) -> str | None:
+        """Return the path where Prometheus finds the metrics, None for nowhere."""
+        from . import metrics
+
         file = self.monitoring_config_file
-        metrics_path = metrics.prometheus_path(file) if file else None
-        credentials = _credentials(self.ssl_config_file) if self.ssl_config_file else None
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
-        with _quiet_stderr():
-            import tensorflow as tf
+        return metrics.prometheus_path(file) if file else None
 
-            from . import grpc_api, manager, rest_api, servable, warmup
+    def _read_credentials(self) -> Any:
+        """Read an ``SSLConfig``: the server's key and certificate, and whether clients need one.
 
-        tf.get_logger().setLevel(logging.ERROR)
-        config = tf.compat.v1.ConfigProto(
-            # Half of the cores for one operation: the others have requests of their own to
-            # carry. bench/README.md has the numbers. A container may have fewer cores than its
-            # machine, which TensorFlow is told by this variable.
+        None, without such a file, means that gRPC is in the clear.
+        """
+        if not self.ssl_config_file:
+            return None
+        import grpc
+
+        from . import text_protos
+
+        ssl_config = text_protos.read(self.ssl_config_file, text_protos.SSLConfig())
+        key, certificate = ssl_config.server_key.encode(), ssl_config.server_cert.encode()
+        root_certificates = ssl_config.custom_ca.encode() or None
+        if ssl_config.client_verify and not root_certificates:
+            raise ValueError(
+                f"{self.ssl_config_file}: client_verify needs a custom_ca to verify clients by"
+            )
+        return grpc.ssl_server_credentials(
+            [(key, certificate)], root_certificates, ssl_config.client_verify
+        )
+
+    def _load_models(self, models: Any) -> None:
+        """Load what a ``ModelServerConfig`` lists, and wait until all of it is AVAILABLE."""
+        from . import manager
+
+        session_config = self._session_config()
+        load = functools.partial(self._load_version, session_config)
+        # A server that looks for versions only once tries only once to load them, too.
+        looks_once = self.file_system_poll_wait_seconds == 0
+        retries = 0 if looks_once else self.max_num_load_retries
+        self._manager = manager.ModelManager(
+            lambda name: manager.Model(name, load, retries, self.load_retry_interval_micros),
+            self.file_system_poll_wait_seconds,
+            self.allow_version_labels_for_unavailable_models,
+            self.force_allow_any_version_labels_for_unavailable_models,
+        )
+        self._manager.configure(models)
+        self._manager.start()
+        self._manager.wait_until_available()
+
+    def _session_config(self) -> Any:
+        """Make the ``ConfigProto`` of every session: its threads, and its share of a GPU."""
+        from tensorflow.core.protobuf import config_pb2
+
+        from . import text_protos
+
+        config = config_pb2.ConfigProto(
+            # One operation gets half of the cores, and leaves the others to other requests:
+            # bench/README.md has the numbers. A container may use fewer cores than its machine has,
+            # and this variable says how many.
             intra_op_parallelism_threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS", "0"))
             or max(1, (os.cpu_count() or 1) // 2)
         )
@@ -134,44 +219,34 @@ class ModelServer:
         if self.per_process_gpu_memory_fraction:
             share = self.per_process_gpu_memory_fraction
             config.gpu_options.per_process_gpu_memory_fraction = share
+        return config
 
-        def load(path: Path) -> servable.Servable:
-            begin = time.monotonic()
-            loaded = servable.Servable(path, self.saved_model_tags, config, self._batch_scheduler)
-            middle = time.monotonic()
-            replayed = 0
-            if self.enable_model_warmup:
-                try:
-                    replayed = warmup.replay(
-                        loaded, path, max(1, self.num_request_iterations_for_warmup)
-                    )
-                except Exception:
-                    loaded.close()
-                    raise
-            log.info(
-                "loaded %s in %.0f ms, replayed %d warm-up requests in %.0f ms",
-                *(path, (middle - begin) * 1e3, replayed, (time.monotonic() - middle) * 1e3),
-            )
-            return loaded
+    def _load_version(self, session_config: Any, path: Path) -> Any:
+        """Load the version of a model in the folder ``path``, and warm it up."""
+        from . import servable, warmup
 
-        def make_model(name: str) -> manager.Model:
-            poll_once = self.file_system_poll_wait_seconds == 0
-            return manager.Model(
-                name,
-                load,
-                0 if poll_once else self.max_num_load_retries,
-                self.load_retry_interval_micros,
-            )
-
-        self._manager = manager.ModelManager(
-            make_model,
-            self.file_system_poll_wait_seconds,
-            self.allow_version_labels_for_unavailable_models,
-            self.force_allow_any_version_labels_for_unavailable_models,
+        begin = time.monotonic()
+        loaded = servable.Servable(
+            path, self.saved_model_tags, session_config, self._batch_scheduler
         )
-        self._manager.configure(models)
-        self._manager.start()
-        self._manager.wait_until_available()
+        middle = time.monotonic()
+        replayed = 0
+        if self.enable_model_warmup:
+            iterations = max(1, self.num_request_iterations_for_warmup)
+            try:
+                replayed = warmup.replay(loaded, path, iterations)
+            except Exception:
+                loaded.close()
+                raise
+        log.info(
+            "loaded %s in %.0f ms, replayed %d warm-up requests in %.0f ms",
+            *(path, (middle - begin) * 1e3, replayed, (time.monotonic() - middle) * 1e3),
+        )
+        return loaded
+
+    def _open_grpc(self, credentials: Any) -> None:
+        """Open the gRPC API on its port, and on a UNIX socket where a path is given."""
+        from . import grpc_api
 
         self._grpc_server = grpc_api.make_server(
             self._manager,
@@ -188,43 +263,6 @@ class ModelServer:
             self._listen(f"unix:{self.grpc_socket_path}", credentials)
         self._grpc_server.start()
         log.info("gRPC API is open on port %d", self.port)
-        if self._rest_socket:
-            self._rest_server = rest_api.RestServer(
-                rest_api.make_app(
-                    self._manager,
-                    max(0, self.rest_api_timeout_in_ms),
-                    metrics_path,
-                    self.enable_signature_method_name_check,
-                    self.rest_api_enable_cors_support,
-                ),
-                self._rest_socket,
-                self.rest_api_num_threads,
-            )
-            log.info("REST API is open on port %d", self.rest_api_port)
-        if self.model_config_file and self.model_config_file_poll_wait_seconds > 0:
-            threading.Thread(target=self._poll_model_config, name="config", daemon=True).start()
-
-    def stop(self) -> None:
-        """Refuse new requests, wait for those in flight, close the ports."""
-        deadline = time.monotonic() + self.grace_seconds
-        self._stopping.set()
-        if self._grpc_server:
-            grpc_stopped = self._grpc_server.stop(self.grace_seconds)
-            if self._rest_server:
-                self._rest_server.stop(deadline)
-            # What gRPC has not handed over in a quiet second it never will, and who watches the
-            # health would stay for ever: have them ask another server instead of waiting.
-            while not grpc_stopped.wait(1):
-                if not self._manager.is_busy():
-                    self._grpc_server.stop(None)
-            self._manager.stop(deadline - time.monotonic())
-        elif self._manager:
-            self._manager.stop(0)
-        if self._batch_scheduler:
-            self._batch_scheduler.close()
-        self._grpc_socket.close()
-        if self._rest_socket:
-            self._rest_socket.close()
 
     def _listen(self, address: str, credentials: Any) -> None:
         """Let the gRPC server listen at an address, in the clear unless there are credentials."""
@@ -245,8 +283,22 @@ class ModelServer:
                 ) from error
             raise _port_error(self.port, "--port", errno.EADDRINUSE) from error
 
+    def _open_rest(self, bound_socket: socket.socket, metrics_path: str | None) -> None:
+        """Open the REST API, with the metrics at ``metrics_path`` unless that is None."""
+        from . import rest_api
+
+        app = rest_api.RestApi(
+            self._manager,
+            max(0, self.rest_api_timeout_in_ms),
+            metrics_path,
+            self.enable_signature_method_name_check,
+            self.rest_api_enable_cors_support,
+        )
+        self._rest_server = rest_api.RestServer(app, bound_socket, self.rest_api_num_threads)
+        log.info("REST API is open on port %d", self.rest_api_port)
+
     def _poll_model_config(self) -> None:
-        """Follow the model config file until the server stops; say once what is wrong with it."""
+        """Follow the model config file until the server stops; log each mistake in it once."""
         from . import config as model_config
         from .errors import ServingError
 
@@ -301,25 +353,20 @@ def _port_error(port: int, flag: str, number: int | None) -> OSError:
     return OSError(f"cannot open port {port} ({reason}): give another port with {flag}")
 
 
-def _credentials(ssl_config_file: str) -> Any:
-    """Read an ``SSLConfig``: the server's key and certificate, and whether clients need one."""
-    import grpc
+def _import_tensorflow() -> None:
+    """Import TensorFlow and what needs it, and keep TensorFlow quiet; this takes seconds."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
+    with _quiet_stderr():
+        import tensorflow as tf
 
-    from . import text_protos
+        from . import grpc_api, manager, rest_api, servable, warmup  # noqa: F401
 
-    ssl_config = text_protos.read(ssl_config_file, text_protos.SSLConfig())
-    key, certificate = ssl_config.server_key.encode(), ssl_config.server_cert.encode()
-    root_certificates = ssl_config.custom_ca.encode() or None
-    if ssl_config.client_verify and not root_certificates:
-        raise ValueError(f"{ssl_config_file}: client_verify needs a custom_ca to verify clients by")
-    return grpc.ssl_server_credentials(
-        [(key, certificate)], root_certificates, ssl_config.client_verify
-    )
+    tf.get_logger().setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Send what C++ writes to standard error to nowhere; its logging cannot be told otherwise."""
+    """Discard what C++ code writes to standard error, which no setting of its log prevents."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

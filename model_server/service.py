@@ -1,31 +1,28 @@
 """What both APIs answer: a request message in, a response message out, ServingError otherwise."""
 
-from functools import partial
 from typing import Any
 
 import grpc
 from tensorflow_serving.apis import (
-    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
     inference_pb2,
     model_management_pb2,
     model_pb2,
     predict_pb2,
-    regression_pb2,
 )
 
-from . import examples, metrics, tensors
+from . import inference, metrics, tensors
 from .errors import ServingError, invalid_argument
 from .manager import ModelManager
 from .servable import DEFAULT_SIGNATURE
 
 SIGNATURE_DEF = "signature_def"
-METHOD_NAMES = ("tensorflow/serving/predict", examples.CLASSIFY, examples.REGRESS)
+METHOD_NAMES = ("tensorflow/serving/predict", *inference.METHODS)
 
 
 def check_method(signature: Any, check_method_name: bool) -> None:
-    """Raise `ServingError` when a signature is not made for inference, if that is to be checked."""
+    """Raise ServingError when a signature's method is no known one, if that is to be checked."""
     if check_method_name and signature.method_name not in METHOD_NAMES:
         raise ServingError(
             grpc.StatusCode.INTERNAL,
@@ -59,36 +56,24 @@ def predict(
     return response
 
 
-def _infer(
-    method_name: str,
-    response_type: Any,
+def infer(
+    method: inference.Method,
     manager: ModelManager,
     check_method_name: bool,
     request: Any,
     timeout_ms: int = 0,
 ) -> Any:
-    """Answer a request for one signature, and for the ``Example`` messages in its input."""
+    """Answer a method's request, such as a ``ClassificationRequest``, with its response."""
     _require_model_spec(request)
-    response, spec = response_type(), request.model_spec
-    api = "Classify" if method_name == examples.CLASSIFY else "Regress"
-    with manager.servable(spec) as (version, servable), metrics.runtime(spec.name, api):
-        result = examples.infer(
-            servable,
-            spec.signature_name,
-            method_name,
-            request.input,
-            check_method_name,
-            timeout_ms,
+    response, spec = method.response(), request.model_spec
+    with manager.servable(spec) as (version, servable), metrics.runtime(spec.name, method.api):
+        result = inference.infer(
+            servable, spec.signature_name, method, request.input, check_method_name, timeout_ms
         )
     metrics.examples(spec.name, request.input)
     response.result.CopyFrom(result)
     _fill_model_spec(response.model_spec, spec, version)
     return response
-
-
-# Each answers a request of its type, as `predict` does, with a response of its type.
-classify = partial(_infer, examples.CLASSIFY, classification_pb2.ClassificationResponse)
-regress = partial(_infer, examples.REGRESS, regression_pb2.RegressionResponse)
 
 
 def multi_inference(
@@ -101,14 +86,14 @@ def multi_inference(
         manager.servable(spec) as (version, servable),
         metrics.runtime(spec.name, "MultiInference"),
     ):
-        results = examples.infer_all(
+        results = inference.infer_all(
             servable, request.tasks, request.input, check_method_name, timeout_ms
         )
     metrics.examples(spec.name, request.input)
     for task, result in zip(request.tasks, results, strict=True):
         answer = response.results.add()
-        field = "classification" if task.method_name == examples.CLASSIFY else "regression"
-        getattr(answer, f"{field}_result").CopyFrom(result)
+        kind = inference.METHODS[task.method_name].kind
+        getattr(answer, f"{kind}_result").CopyFrom(result)
         _fill_model_spec(answer.model_spec, task.model_spec, version)
     return response
 

@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
 
-# TensorFlow's C++ names, which its messages show, where Python's differ.
+# TensorFlow's messages show its C++ names. These differ from Python's.
 _CPP_NAMES = {"float16": "half", "float32": "float", "float64": "double"}
 
-# Nothing larger fits into a message; a few bytes can claim to be larger, with a repeated value.
+# No larger tensor fits into a message. A few bytes can claim one, though: a last value is repeated.
 MAX_BYTES = 2**31
 
 # The typed field that holds the values of each dtype.
@@ -33,7 +33,7 @@ _FIELDS = {
     tf.bool: "bool_val",
     tf.string: "string_val",
 }
-# Values that a typed field holds as they lie in memory.
+# The dtypes whose typed field holds the values as they lie in memory.
 _FIXED_WIDTH = {tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool}
 
 
@@ -62,8 +62,8 @@ def from_proto(proto: Any) -> np.ndarray:
             raise ValueError(f"shape {shape} is not that of a tensor")
         if proto.tensor_content and dtype != tf.string:
             return np.frombuffer(proto.tensor_content, dtype.as_numpy_dtype).reshape(shape)
-        # TensorFlow's own parser knows the rest: every typed field, and that a last value stands
-        # for all that are missing after it.
+        # TensorFlow's own parser knows the rest: every typed field, and that the last value is
+        # repeated where values are missing.
         with tf.device("CPU:0"):
             parsed = tf.io.parse_tensor(proto.SerializeToString(), dtype).numpy()
         return np.asarray(parsed, dtype.as_numpy_dtype)  # a single string comes as plain bytes
@@ -94,10 +94,10 @@ def to_proto(array: np.ndarray, as_tensor_content: bool = False, proto: Any = No
 
 
 def _merge(proto: Any, dtype: Any, values: bytes) -> None:
-    """Fill the typed field of a dtype with values as they are on the wire.
+    """Fill the typed field of a dtype with values in the form that they have on the wire.
 
-    There, the field's number and their length stand before them; a million values are read in a
-    few milliseconds, and appended one by one in fifty.
+    There, the field's number and the length of the values come first. Read in this form, a million
+    values take a few milliseconds; appended one by one, they take fifty.
     """
     if values:
         number = tensor_pb2.TensorProto.DESCRIPTOR.fields_by_name[_FIELDS[dtype]].number
@@ -105,7 +105,7 @@ def _merge(proto: Any, dtype: Any, values: bytes) -> None:
 
 
 def _varints(values: np.ndarray) -> bytes:
-    """Write integers as protobuf does: seven bits a byte, the lowest first, 128 for "more"."""
+    """Write integers as protobuf does: seven bits a byte, lowest first, +128 if more follow."""
     rest = values.astype(np.int64).view(np.uint64)
     width = -(-int(rest.max(initial=1)).bit_length() // 7)
     encoded = np.empty((len(rest), width), np.uint8)

@@ -1,6 +1,7 @@
-"""The requests stored beside a SavedModel, replayed before its first client comes."""
+"""Replays the requests stored beside a SavedModel, before its first client comes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import prediction_log_pb2
 
-from . import examples, metrics
+from . import inference, metrics
 from .errors import ServingError, invalid_argument
 from .servable import Servable
 
@@ -58,23 +59,17 @@ def _predict(servable: Servable, request: Any) -> None:
     servable.predict(request.model_spec.signature_name, request.inputs, request.output_filter)
 
 
-def _classify(servable: Servable, request: Any) -> None:
-    name = request.model_spec.signature_name
-    examples.infer(servable, name, examples.CLASSIFY, request.input)
-
-
-def _regress(servable: Servable, request: Any) -> None:
-    name = request.model_spec.signature_name
-    examples.infer(servable, name, examples.REGRESS, request.input)
+def _infer(method: inference.Method, servable: Servable, request: Any) -> None:
+    inference.infer(servable, request.model_spec.signature_name, method, request.input)
 
 
 def _multi_inference(servable: Servable, request: Any) -> None:
-    examples.infer_all(servable, request.tasks, request.input)
+    inference.infer_all(servable, request.tasks, request.input)
 
 
 _RUN: dict[str, Callable[[Servable, Any], Any]] = {
     "predict_log": _predict,
-    "classify_log": _classify,
-    "regress_log": _regress,
+    "classify_log": partial(_infer, inference.CLASSIFY),
+    "regress_log": partial(_infer, inference.REGRESS),
     "multi_inference_log": _multi_inference,
 }

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,13 +110,19 @@ def turned(image: Image.Image, orientation: int, kind: str = "PNG") -> bytes:
 
 
 @dataclass
-class Server:
-    """A process under test, with the addresses where it answers and the file that it logs to."""
+class Addresses:
+    """Where a server answers."""
 
-    process: subprocess.Popen
-    log: Path
     http: str
     grpc: str = ""
+
+
+@dataclass
+class Server(Addresses):
+    """A process under test, with the addresses where it answers and the file that it logs to."""
+
+    process: subprocess.Popen = field(kw_only=True)
+    log: Path = field(kw_only=True)
 
     def stop(self) -> int:
         """End the process with SIGTERM and return its exit status."""
@@ -212,7 +218,7 @@ def predict_request(model_name: str, signature_name: str = "", **inputs: Any) ->
 class Client:
     """The stubs of both services of a running model server, which speak of one model."""
 
-    def __init__(self, server: Server, model_name: str):
+    def __init__(self, server: Addresses, model_name: str):
         from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
         self.model_name = model_name
@@ -266,29 +272,24 @@ class Client:
         return eventually(failed, f"{version} has failed")
 
     def serve(self, base_path: Path, *versions: int) -> Any:
-        """Have the server serve this model and no other, with these versions or the newest."""
+        """Have the server serve this model and no other, with these versions or the newest.
+
+        It looks at the base path at once, and answers when it has loaded what is new there.
+        """
+        return self.reload({self.model_name: base_path}, *versions)
+
+    def reload(self, models: dict[str, Path], *versions: int) -> Any:
+        """Have the server serve these models and no others, each from its base path."""
         from tensorflow_serving.apis import model_management_pb2
 
         request = model_management_pb2.ReloadConfigRequest()
-        config = request.config.model_config_list.config.add(
-            name=self.model_name, base_path=str(base_path), model_platform="tensorflow"
-        )
-        config.model_version_policy.specific.versions.extend(versions)
-        if not versions:
-            config.ClearField("model_version_policy")
+        for name, base_path in models.items():
+            config = request.config.model_config_list.config.add(
+                name=name, base_path=str(base_path), model_platform="tensorflow"
+            )
+            if versions:
+                config.model_version_policy.specific.versions.extend(versions)
         return self.models.HandleReloadConfigRequest(request, timeout=60)
-
-
-def run_model_server(*flags: str) -> subprocess.CompletedProcess:
-    """Run ``python -m model_server`` with flags that end it at once."""
-    return subprocess.run(
-        [sys.executable, "-m", "model_server", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -302,7 +303,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=stream, stderr=stream, env={**os.environ, **env}
             )
-        server = Server(process, log, http, grpc)
+        server = Server(http, grpc, process=process, log=log)
         servers.append(server)
         return server
 
@@ -323,6 +324,7 @@ def start_model_server(launch: Callable[..., Server]) -> Callable[..., Server]:
         model_name: str = "clothing-model",
         ports: tuple[int, int] | None = None,
         wait: bool = True,
+        **env: str,
     ) -> Server:
         grpc_port, rest_port = ports or (free_port(), free_port())
         server = launch(
@@ -333,6 +335,7 @@ def start_model_server(launch: Callable[..., Server]) -> Callable[..., Server]:
             ],
             http=f"http://127.0.0.1:{rest_port}",
             grpc=f"127.0.0.1:{grpc_port}",
+            **env,
         )
         if wait:
             wait_until_available(server, model_name)
@@ -365,7 +368,20 @@ def start_gateway(launch: Callable[..., Server]) -> Callable[..., Server]:
 @pytest.fixture(scope="session")
 def model_server(start_model_server: Callable[..., Server], tiny_model: Path) -> Server:
     """A model server with the tiny model."""
-    return start_model_server(tiny_model)
+    return start_model_server(tiny_model, "--enable_grpc_healthcheck_service")
+
+
+@pytest.fixture(scope="module")
+def serve_model(model_server: Server, tiny_model: Path) -> Iterator[Callable[[str, Path], Server]]:
+    """Let the server of the tiny model serve one more model while the tests of a file run."""
+    with Client(model_server, "clothing-model") as client:
+
+        def serve_model(name: str, base_path: Path) -> Server:
+            client.reload({client.model_name: tiny_model, name: base_path})
+            return model_server
+
+        yield serve_model
+        client.serve(tiny_model)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, ROOT, SAMPLES, Server, export
+from conftest import CLASSES, ROOT, SAMPLES, Client, Server, export
 from keras_image_helper import create_preprocessor
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
@@ -38,8 +38,8 @@ def keras_model():
 
 
 @pytest.fixture(scope="session")
-def model_server(start_model_server: Callable[..., Server], clothing_model: Path) -> Server:
-    return start_model_server(clothing_model)
+def model_server(clothing_server: Server) -> Server:
+    return clothing_server
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +167,8 @@ def test_validation_accuracy_through_the_served_path(model_server: Server) -> No
 
 def test_another_classifier_goes_through_lesson_01_to_an_unchanged_gateway(
     tmp_path: Path,
-    start_model_server: Callable[..., Server],
+    clothing_model: Path,
+    model_server: Server,
     start_gateway: Callable[..., Server],
 ) -> None:
     """The course's architecture: Xception, 299 × 299, ten logits; random weights, by a link."""
@@ -188,11 +189,13 @@ def test_another_classifier_goes_through_lesson_01_to_an_unchanged_gateway(
         server.shutdown()
     (ROOT / "build/datasets" / file.name).unlink()
 
-    model_server = start_model_server(tmp_path / "xception", model_name="xception")
-    gateway = start_gateway(model_server.grpc, MODEL_NAME="xception")
     picture = SAMPLES[0]
+    with Client(model_server, "clothing-model") as client:
+        client.reload({client.model_name: clothing_model, "xception": tmp_path / "xception"})
+        gateway = start_gateway(model_server.grpc, MODEL_NAME="xception")
+        answer = over_gateway(gateway, picture)
+        client.serve(clothing_model)
     logits = xception.predict(prepare(picture, side=299), verbose=0)
-    answer = over_gateway(gateway, picture)
     np.testing.assert_allclose(answer, tf.nn.softmax(logits)[0], atol=1e-5)
     assert answer.sum() == pytest.approx(1, abs=1e-5)
 

@@ -60,10 +60,8 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(base_path: Path, start_model_server: Callable[..., Server]) -> Iterator[Server]:
-    server = start_model_server(base_path, "--grpc_max_threads", "16", model_name=NAME)
-    yield server
-    server.stop()
+def server(base_path: Path, serve_model: Callable[[str, Path], Server]) -> Server:
+    return serve_model(NAME, base_path)
 
 
 @pytest.fixture(scope="module")

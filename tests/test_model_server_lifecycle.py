@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,57 +20,13 @@ import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
-from conftest import ROOT, Client, Server, eventually, predict_request, refused, run_model_server
+from conftest import ROOT, Client, Server, eventually, refused
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tensorflow_serving.apis import model_management_pb2, prediction_log_pb2
+from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_up_request
+from helpers.model_server import ask, run_main, run_process, write_warm_up
+from tensorflow_serving.apis import model_management_pb2
 
 from model_server.server import ModelServer
-
-NAME = "counter"
-ZERO = np.zeros(1, np.float32)
-
-
-def export_counter(path: Path, number: int, warm_up: list[bytes] | None = None) -> Path:
-    """Save a model that answers with its number and its count of calls, whole or not at all.
-
-    Its signature ``wait`` computes for as many seconds as it is told to.
-    """
-    module = tf.Module()
-    module.calls = tf.Variable(0)
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
-    def count(x):
-        return {"number": tf.fill(tf.shape(x), number), "calls": module.calls.assign_add(1)}
-
-    @tf.function(input_signature=[tf.TensorSpec([], tf.float64, name="seconds")])
-    def wait(seconds):
-        begin = tf.timestamp()
-        (end,) = tf.while_loop(
-            lambda now: now - begin < seconds, lambda now: [tf.timestamp()], [begin]
-        )
-        return {"waited": end - begin}
-
-    partial = path.with_name("partial")
-    tf.saved_model.save(module, str(partial), signatures={"serving_default": count, "wait": wait})
-    if warm_up is not None:
-        (partial / "assets.extra").mkdir()
-        with tf.io.TFRecordWriter(
-            str(partial / "assets.extra" / "tf_serving_warmup_requests")
-        ) as writer:
-            for record in warm_up:
-                writer.write(record)
-    return partial.rename(path)
-
-
-def warm_up_request(signature_name: str = "", **inputs: Any) -> bytes:
-    """Serialize a request as it stands in a file of warm-up requests."""
-    log = prediction_log_pb2.PredictionLog()
-    log.predict_log.request.CopyFrom(predict_request("any name", signature_name, **inputs))
-    return log.SerializeToString()
-
-
-def number(response: Any) -> int:
-    return int(tf.make_ndarray(response.outputs["number"])[0])
 
 
 @pytest.fixture(scope="module")
@@ -124,47 +79,25 @@ def test_flags(server: Server, client: Client) -> None:
 
 
 def test_rest_prediction_that_takes_too_long_is_504(server: Server, client: Client) -> None:
-    body = json.dumps({"signature_name": "wait", "inputs": 2.0}).encode()
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(f"{server.http}/v1/models/{client.model_name}:predict", body)
-    with caught.value as error:
-        assert error.code == 504
-        assert "error" in json.load(error)
+    body = {"signature_name": "wait", "inputs": 2.0}
+    status, answer = ask(f"{server.http}/v1/models/{client.model_name}:predict", body)
+    assert (status, answer.keys()) == (504, {"error"})
 
 
 def test_new_version_takes_over_without_a_failed_request(
     server: Server, client: Client, base_path: Path
 ) -> None:
-    enough = threading.Event()
-    begun = threading.Barrier(5)
-
-    def hammer(_: int) -> list[tuple[int, int]]:
-        answers = []
-        with Client(server, client.model_name) as own:
-            while not enough.is_set():
-                response = own.predict(x=ZERO)
-                answers.append((response.model_spec.version.value, number(response)))
-                if len(answers) == 1:
-                    begun.wait(30)
-        return answers
-
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(hammer, number) for number in range(4)]
-        try:
-            begun.wait(30)
-            slow = client.prediction.Predict.future(client.request("wait", seconds=np.float64(3)))
-            export_counter(base_path / "2", 2)
-            client.wait_for(2, "AVAILABLE")
-            client.wait_for(1, "END")
-            assert slow.done(), "version 1 was unloaded while it answered a request"
-        finally:
-            enough.set()
-        answers = [future.result() for future in running]
+    with hammering(server, client.model_name, clients=4) as answers:
+        eventually(lambda: all(answers), "every client has had an answer")
+        slow = client.prediction.Predict.future(client.request("wait", seconds=np.float64(3)))
+        export_counter(base_path / "2", 2)
+        client.wait_for(2, "AVAILABLE")
+        client.wait_for(1, "END")
+        assert slow.done(), "version 1 was unloaded while it answered a request"
     assert slow.result().model_spec.version.value == 1
     for own in answers:
-        assert all(version == number for version, number in own)
         assert own == sorted(own)
-        assert {own[0][0], own[-1][0]} == {1, 2}
+        assert {own[0], own[-1]} == {1, 2}
     assert [status.version for status in client.statuses()] == [2, 1]
     request = client.request(x=ZERO)
     request.model_spec.version.value = 1
@@ -198,14 +131,14 @@ def warm_up_that_fails(path: Path) -> None:
 
 
 def warm_up_of_another_format(path: Path) -> None:
-    whole = export_counter(path.with_name("whole"), 0, [])
-    (whole / "assets.extra" / "tf_serving_warmup_requests").write_text("{}" * 100)
+    whole = export_counter(path.with_name("whole"), 0)
+    write_warm_up(whole, []).write_text("{}" * 100)
     whole.rename(path)
 
 
 def warm_up_cut_short(path: Path) -> None:
-    whole = export_counter(path.with_name("whole"), 0, [warm_up_request(x=ZERO)] * 2)
-    with (whole / "assets.extra" / "tf_serving_warmup_requests").open("rb+") as file:
+    whole = export_counter(path.with_name("whole"), 0)
+    with write_warm_up(whole, [warm_up_request(x=ZERO)] * 2).open("rb+") as file:
         file.truncate(file.seek(0, 2) - 5)
     whole.rename(path)
 
@@ -235,6 +168,7 @@ def test_broken_version_is_reported_and_the_good_one_stays(
     message: str,
 ) -> None:
     spoil(base_path / "2")
+    client.serve(base_path)
     status = client.error_of(2)
     assert status.error_code == getattr(grpc.StatusCode, code).value[0], status
     assert message in status.error_message
@@ -260,7 +194,7 @@ def test_versions_follow_the_base_path_back_and_down_to_none(
 
 def test_warm_up_records_of_no_kind_are_passed_over(client: Client, base_path: Path) -> None:
     export_counter(base_path / "2", 2, [b"", warm_up_request(x=ZERO)])
-    client.wait_for(2, "AVAILABLE")
+    client.serve(base_path)
     assert tf.make_ndarray(client.predict(x=ZERO).outputs["calls"]) == 2 + 1
 
 
@@ -282,15 +216,14 @@ def test_reload_tells_by_how_much_counters_have_grown(client: Client, base_path:
 COLLECTION = """
 import gc, sys
 from pathlib import Path
-from conftest import ROOT, Client, Server
+from conftest import Addresses, Client
 from model_server.server import ModelServer
 
 base_path = Path(sys.argv[1])
 with ModelServer(str(base_path), model_name="counter", port=0) as server:
     import tensorflow as tf
 
-    running = Server(None, None, http="", grpc=f"127.0.0.1:{server.port}")
-    with Client(running, "counter") as client:
+    with Client(Addresses("", f"127.0.0.1:{server.port}"), "counter") as client:
         for version in (1, 2, 1, 2):
             client.serve(base_path, version)
     looked_at = gc.get_objects()
@@ -391,11 +324,11 @@ def test_log_is_quiet_and_names_the_port_that_0_took(
 
 def test_gives_up_with_one_sentence_when_the_only_version_is_broken(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
-    outcome = run_model_server(
+    outcome = run_main(
         *("--port=0", f"--model_base_path={tmp_path}"),
         *("--max_num_load_retries=1", "--load_retry_interval_micros=1000000"),
     )
-    assert outcome.returncode == 1
+    assert outcome.status == 1
     log = outcome.stderr
     assert log.count("cannot load version 1 of default") == 2
     assert "next attempt in 1 s, 1 left" in log
@@ -405,11 +338,10 @@ def test_gives_up_with_one_sentence_when_the_only_version_is_broken(tmp_path: Pa
     assert "Traceback" not in log
 
 
-def test_requests_in_flight_outlive_sigterm(
-    tmp_path: Path, start_model_server: Callable[..., Server]
+def test_requests_in_flight_outlive_sigterm_and_who_watches_the_health_does_not_delay_the_end(
+    exported: Path, start_model_server: Callable[..., Server]
 ) -> None:
-    export_counter(tmp_path / "1", 1)
-    server = start_model_server(tmp_path, model_name=NAME)
+    server = start_model_server(exported, "--enable_grpc_healthcheck_service", model_name=NAME)
     body = json.dumps({"signature_name": "wait", "inputs": 2.0}).encode()
 
     def over_rest() -> Any:
@@ -422,45 +354,18 @@ def test_requests_in_flight_outlive_sigterm(
         # What is answered now was asked after the two above: they are in flight.
         client.statuses()
         urllib.request.urlopen(f"{server.http}/v1/models/{NAME}").close()
+        watching = health_pb2_grpc.HealthStub(client.channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
         assert not over_grpc.done()
         assert not rest.done()
         server.process.terminate()
         eventually(lambda: "finishing those in flight" in server.log.read_text(), "it has begun")
         assert tf.make_ndarray(over_grpc.result().outputs["waited"]) >= 2
         assert rest.result()["outputs"] >= 2
-        assert server.process.wait(30) == 0
-
-
-def test_who_watches_the_health_does_not_delay_the_end(
-    exported: Path, start_model_server: Callable[..., Server]
-) -> None:
-    server = start_model_server(exported, "--enable_grpc_healthcheck_service")
-    with grpc.insecure_channel(server.grpc) as channel:
-        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
-        server.process.terminate()
         assert server.process.wait(ModelServer.grace_seconds / 2) == 0
         with pytest.raises(grpc.RpcError) as ended:
             next(watching)
-    assert ended.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-
-
-def test_requests_are_given_up_at_their_deadline_when_asked_for(
-    exported: Path, start_model_server: Callable[..., Server]
-) -> None:
-    server = start_model_server(
-        exported,
-        *("--enforce_session_run_timeout", "--grpc_max_threads=1"),
-        model_name=NAME,
-    )
-    with Client(server, NAME) as client:
-        client.predict(x=ZERO)
-        hour = client.request("wait", seconds=np.float64(3600))
-        late = refused(lambda: client.prediction.Predict(hour, timeout=0.5))
-        assert late[0] == grpc.StatusCode.DEADLINE_EXCEEDED
-        after = client.prediction.Predict(client.request(x=ZERO), timeout=60)
-        assert number(after) == 1, "the only thread is free again"
-    server.stop()
+        assert ended.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def test_interrupt_while_waiting_for_a_model(
@@ -480,16 +385,14 @@ def busy_port() -> Iterator[int]:
 
 
 def test_busy_port_is_one_sentence(busy_port: int, tmp_path: Path) -> None:
-    outcome = run_model_server(f"--port={busy_port}", f"--model_base_path={tmp_path}")
-    assert outcome.returncode == 1
+    outcome = run_process(f"--port={busy_port}", f"--model_base_path={tmp_path}")
+    assert outcome.status == 1
     assert outcome.stderr == (
         f"model_server: port {busy_port} is already in use: end the program that holds it, "
         "or give another port with --port\n"
     )
-    outcome = run_model_server(
-        "--port=0", f"--rest_api_port={busy_port}", f"--model_base_path={tmp_path}"
-    )
-    assert (outcome.returncode, outcome.stderr.count("\n")) == (1, 1)
+    outcome = run_main("--port=0", f"--rest_api_port={busy_port}", f"--model_base_path={tmp_path}")
+    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
     assert f"port {busy_port} is already in use" in outcome.stderr
     assert "--rest_api_port" in outcome.stderr
 
@@ -508,14 +411,28 @@ def test_busy_port_is_one_sentence(busy_port: int, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_flags_are_refused(flags: list[str], message: str) -> None:
-    outcome = run_model_server(*flags)
-    assert outcome.returncode == 2
+    outcome = run_main(*flags)
+    assert outcome.status == 2
     assert message in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 
 def test_help_and_version() -> None:
-    outcome = run_model_server("--help")
-    assert outcome.returncode == 0
+    outcome = run_main("--help")
+    assert outcome.status == 0
     assert "--file_system_poll_wait_seconds" in outcome.stdout
-    assert run_model_server("--version").stdout.startswith("TensorFlow ModelServer: ")
+    assert run_main("--version").stdout.startswith("TensorFlow ModelServer: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [
+        (["--version"], 0),
+        (["--modl_name=x"], 2),
+        (["--model_base_path=/nowhere", "--model_config_file=/nowhere/models.config"], 1),
+    ],
+)
+def test_a_process_of_its_own_ends_as_main_does_in_this_one(flags: list[str], status: int) -> None:
+    outcome = run_process(*flags)
+    assert outcome == run_main(*flags)
+    assert outcome.status == status

@@ -7,7 +7,7 @@ import json
 import math
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import Server
+from helpers.model_server import ask
 
 
 def export_shop(path: Path) -> None:
@@ -63,37 +64,22 @@ def export_shop(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(
-    tmp_path_factory: pytest.TempPathFactory, start_model_server: Callable[..., Server]
-) -> Iterator[Server]:
+    tmp_path_factory: pytest.TempPathFactory, serve_model: Callable[[str, Path], Server]
+) -> Server:
     base_path = tmp_path_factory.mktemp("shop")
     export_shop(base_path / "3")
-    server = start_model_server(base_path, "--rest_api_num_threads=4", model_name="shop")
-    yield server
-    server.stop()
-
-
-def call(server: Server, path: str, body: Any = None) -> tuple[int, Any]:
-    """GET, or POST a body (bytes as they are, anything else as JSON); return status and answer."""
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(server.http + path, data, timeout=30) as response:
-            assert response.headers["Content-Type"] == "application/json"
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            assert error.headers["Content-Type"] == "application/json"
-            return error.code, json.load(error)
+    return serve_model("shop", base_path)
 
 
 def predict(server: Server, body: Any, path: str = "/v1/models/shop") -> Any:
-    status, answer = call(server, f"{path}:predict", body)
+    status, answer = ask(f"{server.http}{path}:predict", body)
     assert status == 200, answer
     return answer
 
 
 @pytest.mark.parametrize("path", ["/v1/models/shop", "/v1/models/shop/versions/3"])
 def test_status(server: Server, path: str) -> None:
-    assert call(server, path) == (
+    assert ask(server.http + path) == (
         200,
         {
             "model_version_status": [
@@ -109,7 +95,7 @@ def test_status(server: Server, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models/shop", "/v1/models/shop/versions/3"])
 def test_metadata(server: Server, path: str) -> None:
-    status, answer = call(server, f"{path}/metadata")
+    status, answer = ask(f"{server.http}{path}/metadata")
     assert status == 200
     assert answer["model_spec"] == {"name": "shop", "signature_name": "", "version": "3"}
     signature = answer["metadata"]["signature_def"]["signature_def"]["serving_default"]
@@ -269,7 +255,7 @@ def test_floats_are_written_in_the_digits_of_their_own_precision(server: Server)
     ],
 )
 def test_bad_address(server: Server, path: str, body: Any, status: int, message: str) -> None:
-    answered, answer = call(server, path, body)
+    answered, answer = ask(server.http + path, body)
     assert answered == status
     assert answer.keys() == {"error"}
     assert message in answer["error"]
@@ -279,7 +265,7 @@ def test_bad_address(server: Server, path: str, body: Any, status: int, message:
     "path", ["/V1/Models/shop", "/v1/models/%73hop", "/v1/models/shop/Versions/0003"]
 )
 def test_address_in_another_form(server: Server, path: str) -> None:
-    assert call(server, path)[0] == 200
+    assert ask(server.http + path)[0] == 200
     assert predict(server, {"inputs": [[1, 2]]}, path) == {"outputs": [[0.5, 1.0]]}
 
 
@@ -498,7 +484,7 @@ BAD_BODIES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BAD_BODIES)
 def test_bad_body(server: Server, name: str) -> None:
     body, message = BAD_BODIES[name]
-    status, answer = call(server, "/v1/models/shop:predict", body)
+    status, answer = ask(f"{server.http}/v1/models/shop:predict", body)
     assert answer.keys() == {"error"}
     assert (status, message in answer["error"]) == (400, True), answer
     assert predict(server, {"inputs": [[1, 2]]})

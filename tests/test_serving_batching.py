@@ -1,23 +1,25 @@
 """Batching in the embedded model server: what is merged, padded, split, refused and kept apart."""
 
-import json
 import re
 import shutil
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Client, Server, eventually, predict_request, refused, run_model_server
+from conftest import Addresses, Client, eventually, predict_request, refused
+from helpers.model_server import ask, run_main, serving
 
 Code = grpc.StatusCode
+Predict = Callable[[Any], Any]
 
 
 def export(path: Path, factor: float = 1) -> None:
@@ -70,43 +72,34 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def start(
-    base_path: Path,
-    start_model_server: Callable[..., Server],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[..., Server]]:
-    """Start a server of the model with these batching parameters."""
-    servers = []
-
-    def start(parameters: str, *flags: str, path: Path = base_path) -> Server:
-        file = tmp_path_factory.mktemp("parameters") / "batching.txt"
-        file.write_text(parameters)
-        servers.append(
-            start_model_server(
-                path,
-                *("--enable_batching", f"--batching_parameters_file={file}"),
-                *("--grpc_max_threads=32", "--rest_api_num_threads=8", *flags),
-                model_name="adder",
-            )
-        )
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+@contextmanager
+def batching(base_path: Path, parameters: str, *flags: str) -> Iterator[Addresses]:
+    """Run a server of the model with these batching parameters."""
+    with NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(parameters)
+        file.flush()
+        with serving(
+            *("--model_name=adder", f"--model_base_path={base_path}"),
+            *("--enable_batching", f"--batching_parameters_file={file.name}"),
+            *("--grpc_max_threads=32", "--rest_api_num_threads=8", *flags),
+        ) as server:
+            yield server
 
 
 @pytest.fixture(scope="module")
-def server(start: Callable[..., Server]) -> Server:
-    return start(
+def server(base_path: Path) -> Iterator[Addresses]:
+    parameters = (
         "max_batch_size { value: 16 }  batch_timeout_micros { value: 100000 }"
         "allowed_batch_sizes: [4, 8, 16]"
     )
+    with batching(base_path, parameters) as server:
+        yield server
 
 
-def stub(server: Server) -> Any:
-    return Client(server, "adder").prediction
+@pytest.fixture(scope="module")
+def predict(server: Addresses) -> Iterator[Predict]:
+    with Client(server, "adder") as client:
+        yield client.prediction.Predict
 
 
 request = partial(predict_request, "adder")
@@ -135,8 +128,9 @@ def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
         return list(pool.map(make, calls))
 
 
-def test_parallel_clients_get_their_own_answers_from_common_runs(server: Server) -> None:
-    predict = stub(server).Predict
+def test_parallel_clients_get_their_own_answers_from_common_runs(
+    predict: Predict,
+) -> None:
     sizes = set()
 
     def call(value: int) -> None:
@@ -151,8 +145,7 @@ def test_parallel_clients_get_their_own_answers_from_common_runs(server: Server)
     assert 16 in sizes
 
 
-def test_several_inputs_are_merged_and_split_alike(server: Server) -> None:
-    predict = stub(server).Predict
+def test_several_inputs_are_merged_and_split_alike(predict: Predict) -> None:
 
     def call(value: int) -> int:
         x = np.full([1 + value % 3, 2 + value % 2], value, np.float32)
@@ -166,9 +159,7 @@ def test_several_inputs_are_merged_and_split_alike(server: Server) -> None:
     assert max(at_once([partial(call, value) for value in range(32)])) > 4
 
 
-def test_versions_are_never_merged(
-    start_model_server: Callable[..., Server], base_path: Path, tmp_path: Path
-) -> None:
+def test_versions_are_never_merged(base_path: Path, tmp_path: Path) -> None:
     shutil.copytree(base_path / "1", tmp_path / "1")
     export(tmp_path / "2", factor=-1)
     file = tmp_path / "models.config"
@@ -176,10 +167,10 @@ def test_versions_are_never_merged(
         f"model_config_list {{ config {{ name: 'adder' base_path: '{tmp_path}' "
         "model_platform: 'tensorflow' model_version_policy { all {} } } }"
     )
-    server = start_model_server(
-        tmp_path, "--enable_batching", f"--model_config_file={file}", model_name="adder"
-    )
-    with Client(server, "adder") as client:
+    with (
+        serving("--enable_batching", f"--model_config_file={file}") as server,
+        Client(server, "adder") as client,
+    ):
         client.wait_for(1, "AVAILABLE")
         client.wait_for(2, "AVAILABLE")
 
@@ -190,44 +181,40 @@ def test_versions_are_never_merged(
 
         answers = at_once([partial(call, value) for value in range(24)])
     assert answers == [[-2.0 * value if value % 2 else 2.0 * value] for value in range(24)]
-    assert server.stop() == 0
 
 
-def test_a_lone_request_is_padded(server: Server) -> None:
-    outputs = arrays(stub(server).Predict(request(x=ones(5))))
+def test_a_lone_request_is_padded(predict: Predict) -> None:
+    outputs = arrays(predict(request(x=ones(5))))
     assert outputs["rows"].tolist() == [8] * 5
     assert outputs["sum"].tolist() == [2] * 5
 
 
-def test_output_filter_and_empty_batch(server: Server) -> None:
+def test_output_filter_and_empty_batch(predict: Predict) -> None:
     message = request(x=ones(3))
     message.output_filter.append("rows")
-    assert {n: a.tolist() for n, a in arrays(stub(server).Predict(message)).items()} == {
-        "rows": [4] * 3
-    }
-    assert arrays(stub(server).Predict(request(x=ones(0))))["sum"].shape == (0,)
+    assert {n: a.tolist() for n, a in arrays(predict(message)).items()} == {"rows": [4] * 3}
+    assert arrays(predict(request(x=ones(0))))["sum"].shape == (0,)
 
 
-def test_rest_takes_part(server: Server) -> None:
+def test_rest_takes_part(server: Addresses) -> None:
     def call(value: int) -> Any:
-        body = json.dumps({"instances": [[value, 1]] * 2}).encode()
         url = f"{server.http}/v1/models/adder:predict"
-        with urllib.request.urlopen(url, body) as response:
-            return json.load(response)["predictions"]
+        status, answer = ask(url, {"instances": [[value, 1]] * 2})
+        assert status == 200, answer
+        return answer["predictions"]
 
     for value, rows in enumerate(at_once([partial(call, value) for value in range(8)])):
         assert rows == [{"sum": value + 1, "rows": 16}] * 2
 
 
-def test_a_large_request_is_refused(server: Server) -> None:
-    assert refused(lambda: stub(server).Predict(request(x=ones(17)))) == (
+def test_a_large_request_is_refused(predict: Predict) -> None:
+    assert refused(lambda: predict(request(x=ones(17)))) == (
         Code.INVALID_ARGUMENT,
         "Task size 17 is larger than maximum input batch size 16",
     )
 
 
-def test_bad_batch_mates_harm_nobody(server: Server) -> None:
-    predict = stub(server).Predict
+def test_bad_batch_mates_harm_nobody(predict: Predict) -> None:
     good = [partial(predict, request("picky", x=ones(1) * v)) for v in range(12)]
     bad = [
         partial(predict, request("picky", x=-ones(1))),
@@ -242,8 +229,7 @@ def test_bad_batch_mates_harm_nobody(server: Server) -> None:
     assert [error.code() for error in answers[12:]] == [Code.INVALID_ARGUMENT] * 4
 
 
-def test_what_cannot_be_merged_runs_on_its_own(server: Server) -> None:
-    predict = stub(server).Predict
+def test_what_cannot_be_merged_runs_on_its_own(predict: Predict) -> None:
     text = ["a", "b", "c"]
     narrow_and_wide = [partial(predict, request(x=ones(1, 2 + v % 3))) for v in range(6)]
     scalar = [partial(predict, request("repeat", text=text, times=np.int32(2)))] * 2
@@ -254,75 +240,76 @@ def test_what_cannot_be_merged_runs_on_its_own(server: Server) -> None:
         assert outputs["count"].tolist() == 3
 
 
-def test_a_full_queue_is_unavailable_and_recovers(start: Callable[..., Server]) -> None:
-    predict = stub(
-        start(
-            "max_batch_size { value: 2 }  batch_timeout_micros { value: 2000000 }"
-            "max_enqueued_batches { value: 1 }  num_batch_threads { value: 1 }"
-        )
-    ).Predict
+def test_a_full_queue_is_unavailable_and_recovers(base_path: Path) -> None:
+    parameters = (
+        "max_batch_size { value: 2 }  batch_timeout_micros { value: 300000 }"
+        "max_enqueued_batches { value: 1 }  num_batch_threads { value: 1 }"
+    )
+    with batching(base_path, parameters) as server, Client(server, "adder") as client:
+        predict = client.prediction.Predict
 
-    def ask_while_full() -> grpc.RpcError | None:
-        waiting = predict.future(request(x=ones(1)))  # until the time is over, for company
-        refusal = None
-        while not waiting.done():
-            try:
-                predict(request(x=ones(2)))  # has no place beside it
-            except grpc.RpcError as error:
-                refusal = error
-        if too_late := waiting.exception():  # it was the other one that had the queue's only place
-            return too_late
-        assert arrays(waiting.result())["rows"].tolist() == [1]
-        return refusal
+        def ask_while_full() -> grpc.RpcError | None:
+            waiting = predict.future(request(x=ones(1)))  # until the time is over, for company
+            refusal = None
+            while not waiting.done():
+                try:
+                    predict(request(x=ones(2)))  # has no place beside it
+                except grpc.RpcError as error:
+                    refusal = error
+            if too_late := waiting.exception():  # the other one had the queue's only place
+                return too_late
+            assert arrays(waiting.result())["rows"].tolist() == [1]
+            return refusal
 
-    # On a busy machine the two may miss each other, so more than one attempt may be needed.
-    refusal = eventually(ask_while_full, "a request finds the queue full")
-    assert refusal.code() == Code.UNAVAILABLE
-    full = "The batch scheduling queue to which this task was submitted is full"
-    assert full in str(refusal.details())
-    assert arrays(predict(request(x=ones(2))))["rows"].tolist() == [2, 2]
+        # On a busy machine the two may miss each other, so more than one attempt may be needed.
+        refusal = eventually(ask_while_full, "a request finds the queue full")
+        assert refusal.code() == Code.UNAVAILABLE
+        full = "The batch scheduling queue to which this task was submitted is full"
+        assert full in str(refusal.details())
+        assert arrays(predict(request(x=ones(2))))["rows"].tolist() == [2, 2]
 
 
-def test_large_requests_are_split_on_demand_and_short_inputs_padded(
-    start: Callable[..., Server],
-) -> None:
-    predict = stub(
-        start(
-            "max_batch_size { value: 8 }  batch_timeout_micros { value: 300000 }"
-            "enable_large_batch_splitting { value: true }  max_execution_batch_size { value: 4 }"
-            "allowed_batch_sizes: [2, 4]  pad_variable_length_inputs: true"
-        )
-    ).Predict
-    x = np.arange(14, dtype=np.float32).reshape(7, 2)
-    outputs = arrays(predict(request(x=x)))
-    assert outputs["sum"].tolist() == x.sum(1).tolist()
-    assert outputs["rows"].tolist() == [4] * 7
-    with pytest.raises(grpc.RpcError, match="Task size 9 is larger"):
-        predict(request(x=ones(9)))
-    short, long = at_once([partial(predict, request(x=ones(2, n) * n)) for n in (2, 3)])
+def test_large_requests_are_split_on_demand_and_short_inputs_padded(base_path: Path) -> None:
+    parameters = (
+        "max_batch_size { value: 8 }  batch_timeout_micros { value: 300000 }"
+        "enable_large_batch_splitting { value: true }  max_execution_batch_size { value: 4 }"
+        "allowed_batch_sizes: [2, 4]  pad_variable_length_inputs: true"
+    )
+    with batching(base_path, parameters) as server, Client(server, "adder") as client:
+        predict = client.prediction.Predict
+        x = np.arange(14, dtype=np.float32).reshape(7, 2)
+        outputs = arrays(predict(request(x=x)))
+        assert outputs["sum"].tolist() == x.sum(1).tolist()
+        assert outputs["rows"].tolist() == [4] * 7
+        with pytest.raises(grpc.RpcError, match="Task size 9 is larger"):
+            predict(request(x=ones(9)))
+        short, long = at_once([partial(predict, request(x=ones(2, n) * n)) for n in (2, 3)])
     assert arrays(short)["sum"].tolist() == [6, 6]  # 2 + 2 and another 2, its first value
     assert arrays(long) == {"sum": pytest.approx([9, 9]), "rows": pytest.approx([4, 4])}
 
 
 def test_a_model_brings_its_own_parameters_and_versions_change_unnoticed(
-    start: Callable[..., Server], base_path: Path, tmp_path: Path
+    base_path: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(base_path / "1", tmp_path / "1")
     (tmp_path / "1/batching_params.pbtxt").write_text("max_batch_size { value: 3 }")
-    server = start("", "--enable_per_model_batching_parameters", path=tmp_path)
-    predict = stub(server).Predict
-    with pytest.raises(grpc.RpcError, match="Task size 4 is larger"):
-        predict(request(x=ones(4)))
+    with (
+        batching(tmp_path, "", "--enable_per_model_batching_parameters") as server,
+        Client(server, "adder") as client,
+    ):
+        predict = client.prediction.Predict
+        with pytest.raises(grpc.RpcError, match="Task size 4 is larger"):
+            predict(request(x=ones(4)))
 
-    shutil.copytree(base_path / "1", tmp_path / "next")
-    (tmp_path / "next").rename(tmp_path / "2")
+        shutil.copytree(base_path / "1", tmp_path / "next")
+        (tmp_path / "next").rename(tmp_path / "2")
 
-    def until_version_2() -> None:
-        while (response := predict(request(x=ones(1)))).model_spec.version.value == 1:
-            assert arrays(response)["sum"].tolist() == [2]
+        def until_version_2() -> None:
+            while (response := predict(request(x=ones(1)))).model_spec.version.value == 1:
+                assert arrays(response)["sum"].tolist() == [2]
 
-    assert at_once([until_version_2] * 8) == [None] * 8
-    assert arrays(predict(request(x=ones(1001))))["rows"][0] == 1001  # no file, no batching
+        assert at_once([until_version_2] * 8) == [None] * 8
+        assert arrays(predict(request(x=ones(1001))))["rows"][0] == 1001  # no file, no batching
 
 
 @pytest.mark.parametrize(
@@ -341,11 +328,10 @@ def test_a_wrong_file_is_one_sentence(
 ) -> None:
     file = tmp_path / "batching.txt"
     file.write_text(text)
-    result = run_model_server(
+    outcome = run_main(
         *("--port=0", f"--model_base_path={base_path}"),
         *("--enable_batching", f"--batching_parameters_file={file}"),
     )
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert str(file) in result.stderr
-    assert re.search(message, result.stderr)
+    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
+    assert str(file) in outcome.stderr
+    assert re.search(message, outcome.stderr)

@@ -3,8 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,8 +14,9 @@ import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
-from conftest import ROOT, Server, eventually
+from conftest import Addresses, Server, eventually, refused
 from google.protobuf import text_format
+from helpers.model_server import ask, run_main, serving
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -95,13 +94,14 @@ def server(
         "--allow_version_labels_for_unavailable_models=true",
         "--max_num_load_retries=0",
         model_name="first",
+        TF_NUM_INTRAOP_THREADS="300",
     )
     yield server
     server.stop()
 
 
 class Client:
-    def __init__(self, server: Server):
+    def __init__(self, server: Addresses):
         self.http = server.http
         self.channel = grpc.insecure_channel(server.grpc)
         self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self.channel)
@@ -127,13 +127,7 @@ class Client:
         return self.models.HandleReloadConfigRequest(request, timeout=30)
 
     def rest(self, path: str, body: Any = None) -> tuple[int, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            with urllib.request.urlopen(f"{self.http}/v1/models/{path}", data) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.load(error)
+        return ask(f"{self.http}/v1/models/{path}", body)
 
 
 def _fill(spec: Any, name: str, version: int, label: str) -> None:
@@ -151,12 +145,6 @@ def client(server: Server) -> Iterator[Client]:
     client.channel.close()
 
 
-def refused(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return caught.value.code(), str(caught.value.details())
-
-
 # The tests with this server run in order: each goes on from the config that the one before left.
 
 
@@ -166,6 +154,11 @@ def test_every_model_and_every_version(client: Client) -> None:
     assert client.predict("first", version=2) == (2, 2)
     assert client.predict("second") == (7, 7)
     assert refused(lambda: client.predict("default"))[0] == Code.NOT_FOUND
+
+
+def test_threads_of_an_operation_follow_the_environment(server: Server) -> None:
+    """A pod learns this way how many of its node's cores it may use."""
+    assert psutil.Process(server.process.pid).num_threads() >= 300
 
 
 def test_labels_over_grpc(client: Client) -> None:
@@ -328,17 +321,6 @@ def test_reload_request(client: Client, models: Path, config_file: Path) -> None
     assert set(client.states("first").values()) == {State.END}
 
 
-def start(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "model_server", "--port=0", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -359,8 +341,8 @@ def test_server_does_not_start_with_a_wrong_config_file(
     file = tmp_path / "models.config"
     if text is not None:
         file.write_text(text)
-    outcome = start(f"--model_config_file={file}")
-    assert outcome.returncode == 1
+    outcome = run_main("--port=0", f"--model_config_file={file}")
+    assert outcome.status == 1
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("model_server: ")
     assert message in line
@@ -368,8 +350,8 @@ def test_server_does_not_start_with_a_wrong_config_file(
 
 
 def test_base_path_that_is_a_uri_is_refused() -> None:
-    outcome = start("--model_base_path=gs://bucket/m", "--model_name=m")
-    assert outcome.returncode == 1
+    outcome = run_main("--port=0", "--model_base_path=gs://bucket/m", "--model_name=m")
+    assert outcome.status == 1
     assert outcome.stderr == (
         "model_server: the base path of model m is a URI, gs://bucket/m: this model server reads "
         "folders only\n"
@@ -394,9 +376,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return (path / "key.pem").read_text(), (path / "cert.pem").read_text()
 
 
-def test_tls_unix_socket_cors_and_session_config(
-    tmp_path: Path, keys: tuple[str, str], start_model_server: Callable[..., Server]
-) -> None:
+def test_tls_unix_socket_cors_and_session_config(tmp_path: Path, keys: tuple[str, str]) -> None:
     @tf.function(input_signature=[tf.TensorSpec([], tf.float32, name="x")])
     def count(x):
         return {"y": tf.while_loop(lambda y: y < x, lambda y: (y + 1,), [0.0])[0]}
@@ -412,54 +392,51 @@ def test_tls_unix_socket_cors_and_session_config(
     )
     session_config = tmp_path / "session.config"
     session_config.write_text("operation_timeout_in_ms: 2000")
-    server = start_model_server(
-        tmp_path,
-        f"--model_config_file={models}",
-        f"--ssl_config_file={ssl_config}",
-        f"--grpc_socket_path={tmp_path / 's'}",
-        f"--tensorflow_session_config_file={session_config}",
-        "--rest_api_enable_cors_support",
-        "--rest_api_timeout_in_ms=-1",
-        model_name="a%2Fb",
-    )
-    port = server.grpc.rpartition(":")[2]
     authority = certificate.encode()
     with_certificate = grpc.ssl_channel_credentials(authority, key.encode(), authority)
     without = grpc.ssl_channel_credentials(authority)
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = "a/b"
 
-    def ask(channel: grpc.Channel) -> Any:
+    def state(channel: grpc.Channel) -> Any:
         with channel:
             service = model_service_pb2_grpc.ModelServiceStub(channel)
             return service.GetModelStatus(request, timeout=20).model_version_status[0].state
 
-    assert ask(grpc.secure_channel(f"localhost:{port}", with_certificate)) == State.AVAILABLE
-    options = [("grpc.ssl_target_name_override", "localhost")]
-    assert (
-        ask(grpc.secure_channel(f"unix:{tmp_path / 's'}", with_certificate, options))
-        == State.AVAILABLE
-    )
-    for channel in (
-        grpc.secure_channel(f"localhost:{port}", without),
-        grpc.insecure_channel(f"localhost:{port}"),
-    ):
-        assert refused(partial(ask, channel))[0] == Code.UNAVAILABLE
+    with serving(
+        f"--model_config_file={models}",
+        f"--ssl_config_file={ssl_config}",
+        f"--grpc_socket_path={tmp_path / 's'}",
+        f"--tensorflow_session_config_file={session_config}",
+        "--rest_api_enable_cors_support",
+        "--rest_api_timeout_in_ms=-1",
+    ) as server:
+        port = server.grpc.rpartition(":")[2]
+        options = [("grpc.ssl_target_name_override", "localhost")]
+        for channel in (
+            grpc.secure_channel(f"localhost:{port}", with_certificate),
+            grpc.secure_channel(f"unix:{tmp_path / 's'}", with_certificate, options),
+        ):
+            assert state(channel) == State.AVAILABLE
+        for channel in (
+            grpc.secure_channel(f"localhost:{port}", without),
+            grpc.insecure_channel(f"localhost:{port}"),
+        ):
+            assert refused(partial(state, channel))[0] == Code.UNAVAILABLE
 
-    url = f"{server.http}/v1/models/a%2Fb:predict"
-    preflight = urllib.request.Request(url, method="OPTIONS")
-    for question in (preflight, urllib.request.Request(url, b'{"inputs": 5}')):
-        with urllib.request.urlopen(question) as response:
-            headers = {k: v for k, v in response.headers.items() if k.startswith("Access-Control")}
-            assert headers == {
-                "Access-Control-Allow-Origin": "*",
-                "Access-Control-Allow-Methods": "POST, GET",
-                "Access-Control-Allow-Headers": "Content-Type",
-            }
-    with pytest.raises(urllib.error.HTTPError, match="504") as caught:
-        urllib.request.urlopen(url, b'{"inputs": Infinity}', timeout=60)
-    caught.value.close()
-    assert server.stop() == 0
+        url = f"{server.http}/v1/models/a%2Fb:predict"
+        preflight = urllib.request.Request(url, method="OPTIONS")
+        for question in (preflight, urllib.request.Request(url, b'{"inputs": 5}')):
+            with urllib.request.urlopen(question) as response:
+                headers = {
+                    k: v for k, v in response.headers.items() if k.startswith("Access-Control")
+                }
+                assert headers == {
+                    "Access-Control-Allow-Origin": "*",
+                    "Access-Control-Allow-Methods": "POST, GET",
+                    "Access-Control-Allow-Headers": "Content-Type",
+                }
+        assert ask(url, b'{"inputs": Infinity}')[0] == 504
 
 
 @pytest.mark.parametrize(
@@ -480,8 +457,8 @@ def test_server_does_not_start_with_a_wrong_file(
     if text is not None:
         file = tmp_path / "file"
         file.write_text(text)
-    outcome = start(f"--model_base_path={models / 'second'}", f"{flag}={file}")
-    assert outcome.returncode == 1
+    outcome = run_main("--port=0", f"--model_base_path={models / 'second'}", f"{flag}={file}")
+    assert outcome.status == 1
     line = outcome.stderr.splitlines()[-1]
     assert line.startswith("model_server: ")
     assert message in line
@@ -489,39 +466,20 @@ def test_server_does_not_start_with_a_wrong_file(
 
 
 def test_one_broken_version_leaves_the_others_under_policy_all(
-    tmp_path: Path, models: Path, start_model_server: Callable[..., Server]
+    tmp_path: Path, models: Path
 ) -> None:
     shutil.copytree(models / "first" / "1", tmp_path / "m" / "1")
     (tmp_path / "m" / "2").mkdir()
     shutil.copytree(models / "first" / "3", tmp_path / "m" / "3")
     file = tmp_path / "models.config"
     file.write_text(listed(model(tmp_path, "m", "model_version_policy { all {} }")))
-    server = start_model_server(
-        tmp_path,
-        f"--model_config_file={file}",
-        "--file_system_poll_wait_seconds=0",
-        model_name="m",
-    )
-    client = Client(server)
-    expected = {1: State.AVAILABLE, 2: State.END, 3: State.AVAILABLE}
-    eventually(lambda: client.states("m") == expected, str(expected))
-    assert client.predict("m") == (3, 3)
-    more = model(tmp_path, "m", "model_version_policy { all {} }"), model(models, "second")
-    client.reload(listed(*more))  # which makes the server look once more
-    assert client.states("m") == expected
-    assert client.predict("second") == (7, 7)
-    client.channel.close()
-    assert server.stop() == 0
-
-
-def test_threads_of_an_operation_follow_the_environment(
-    tiny_model: Path, start_model_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pod learns this way how many of its node's cores it may use."""
-    threads = []
-    for count in ("1", "41"):
-        monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", count)
-        server = start_model_server(tiny_model, model_name="tiny")
-        threads.append(psutil.Process(server.process.pid).num_threads())
-        assert server.stop() == 0
-    assert threads[1] >= threads[0] + 30
+    with serving(f"--model_config_file={file}", "--file_system_poll_wait_seconds=0") as server:
+        client = Client(server)
+        expected = {1: State.AVAILABLE, 2: State.END, 3: State.AVAILABLE}
+        eventually(lambda: client.states("m") == expected, str(expected))
+        assert client.predict("m") == (3, 3)
+        more = model(tmp_path, "m", "model_version_policy { all {} }"), model(models, "second")
+        client.reload(listed(*more))  # which makes the server look once more
+        assert client.states("m") == expected
+        assert client.predict("second") == (7, 7)
+        client.channel.close()

@@ -1,10 +1,8 @@
 """Classify, Regress and MultiInference on lists of ``tf.Example``, over gRPC and REST."""
 
 import base64
-import json
+import re
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,15 +11,14 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import requests
 import tensorflow as tf
-from conftest import Client, Server, predict_request, refused
+from conftest import Addresses, Client, Server, predict_request, refused
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from helpers.model_server import ask, log_record, serving, write_warm_up
 from tensorflow_serving.apis import (
     classification_pb2,
     inference_pb2,
     input_pb2,
-    prediction_log_pb2,
     regression_pb2,
     session_service_pb2,
 )
@@ -111,31 +108,20 @@ def export_flowers(path: Path) -> None:
 def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("iris")
     export_flowers(path / "4")
-    log_requests(
+    write_warm_up(
         path / "4",
-        classify_log=classify_request(),
-        regress_log=regress_request(),
-        multi_inference_log=multi_request(("", CLASSIFY), ("regress", REGRESS)),
+        [
+            log_record("classify_log", classify_request()),
+            log_record("regress_log", regress_request()),
+            log_record("multi_inference_log", multi_request(("", CLASSIFY), ("regress", REGRESS))),
+        ],
     )
     return path
 
 
-def log_requests(path: Path, **logs: Any) -> None:
-    """Store warm-up requests beside a SavedModel."""
-    (path / "assets.extra").mkdir(exist_ok=True)
-    file = path / "assets.extra" / "tf_serving_warmup_requests"
-    with tf.io.TFRecordWriter(str(file)) as writer:
-        for kind, request in logs.items():
-            log = prediction_log_pb2.PredictionLog()
-            getattr(log, kind).request.CopyFrom(request)
-            writer.write(log.SerializeToString())
-
-
 @pytest.fixture(scope="module")
-def server(base_path: Path, start_model_server: Callable[..., Server]) -> Iterator[Server]:
-    server = start_model_server(base_path, "--enable_grpc_healthcheck_service", model_name=NAME)
-    yield server
-    server.stop()
+def server(base_path: Path, serve_model: Callable[[str, Path], Server]) -> Server:
+    return serve_model(NAME, base_path)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +189,9 @@ def labels_and_scores(result: Any) -> tuple[list, list]:
     )
 
 
-def test_warm_up(server: Server) -> None:
-    assert "replayed 3 warm-up requests" in server.log.read_text()
+def test_warm_up(server: Server, base_path: Path) -> None:
+    loaded = rf"loaded {base_path / '4'} in \d+ ms, replayed 3 warm-up requests"
+    assert re.search(loaded, server.log.read_text())
 
 
 def test_classify(stub: Any) -> None:
@@ -469,11 +456,12 @@ def test_signature_that_tensorflow_cannot_run(
     assert refused(lambda: stub.Predict(request)) == (INVALID, details)
 
 
-def test_method_names_are_checked_when_asked_for(
-    base_path: Path, start_model_server: Callable[..., Server]
-) -> None:
-    server = start_model_server(base_path, "--enable_signature_method_name_check", model_name=NAME)
-    with Client(server, NAME) as client:
+def test_method_names_are_checked_when_asked_for(base_path: Path) -> None:
+    flags = f"--model_name={NAME}", f"--model_base_path={base_path}"
+    with (
+        serving(*flags, "--enable_signature_method_name_check") as server,
+        Client(server, NAME) as client,
+    ):
         for request, details in (
             (
                 classify_request("untyped"),
@@ -493,12 +481,10 @@ def test_method_names_are_checked_when_asked_for(
         code, details = refused(lambda: client.predict("own_method", inputs=SERIALIZED))
         assert (code, details.endswith("Was: a/method/of/its/own")) == (Code.INTERNAL, True)
         body = {"signature_name": "own_method", "instances": [{"b64": ""}]}
-        answer = requests.post(f"{server.http}/v1/models/{NAME}:predict", json=body, timeout=60)
-        assert answer.status_code == 500
-        assert answer.json()["error"].endswith("Was: a/method/of/its/own")
+        status, answer = post(server, f"{NAME}:predict", body)
+        assert (status, answer["error"].endswith("Was: a/method/of/its/own")) == (500, True)
         check = health_pb2_grpc.HealthStub(client.channel).Check
         assert refused(lambda: check(health_pb2.HealthCheckRequest()))[0] == Code.UNIMPLEMENTED
-    assert server.stop() == 0
 
 
 def test_health_check(server: Server) -> None:
@@ -522,15 +508,8 @@ def test_reflection_is_off(server: Server) -> None:
         assert refused(lambda: list(reflect(iter([b""]))))[0] == Code.UNIMPLEMENTED
 
 
-def post(server: Server, path: str, body: Any) -> tuple[int, Any]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(f"{server.http}/v1/models/{path}", data) as response:
-            assert response.headers["Content-Type"] == "application/json"
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
+def post(server: Addresses, path: str, body: Any) -> tuple[int, Any]:
+    return ask(f"{server.http}/v1/models/{path}", body)
 
 
 def test_a_tensor_within_the_graph_is_fed_in_any_shape(server: Server) -> None:
@@ -610,29 +589,33 @@ def test_unknown_model_over_rest(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "logs", "code", "message"),
+    ("version", "kind", "stored", "code", "message"),
     [
         (
             5,
-            {"session_run_log": session_service_pb2.SessionRunRequest()},
+            "session_run_log",
+            session_service_pb2.SessionRunRequest(),
             Code.UNIMPLEMENTED,
             "Unsupported log_type for warmup: session_run_log",
         ),
-        (6, {"classify_log": classify_request("flat")}, INVALID, "Expected Tensor shape: [batch_"),
-        (7, {"classify_log": EMPTY_REQUEST}, INVALID, "Input is empty."),
+        (6, "classify_log", classify_request("flat"), INVALID, "Expected Tensor shape: [batch_"),
+        (7, "classify_log", EMPTY_REQUEST, INVALID, "Input is empty."),
     ],
 )
 def test_version_whose_warm_up_fails_is_not_served(
     server: Server,
+    serve_model: Callable[[str, Path], Server],
     base_path: Path,
     version: int,
-    logs: dict[str, Any],
+    kind: str,
+    stored: Any,
     code: grpc.StatusCode,
     message: str,
 ) -> None:
     shutil.copytree(base_path / "4", base_path / "partial")
-    log_requests(base_path / "partial", **logs)
+    write_warm_up(base_path / "partial", [log_record(kind, stored)])
     (base_path / "partial").rename(base_path / str(version))
+    serve_model(NAME, base_path)
     with Client(server, NAME) as client:
         status = client.error_of(version)
     assert (status.error_code, message in status.error_message) == (code.value[0], True), status

@@ -9,12 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +18,9 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Client, Server, eventually, free_port, wait_until_available
-from test_model_server_lifecycle import NAME, ZERO, export_counter, number, warm_up_request
+from conftest import Client, Server, eventually, free_port, refused, wait_until_available
+from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_up_request
+from helpers.model_server import ask
 
 Code = grpc.StatusCode
 
@@ -48,29 +45,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for version in (1, 2):
         export_large(path / str(version), version)
     return path
-
-
-@contextmanager
-def hammering(server: Server, model_name: str, clients: int = 3) -> Iterator[list[list[int]]]:
-    """Send requests all the time, each of which must be answered; collect the answers."""
-    enough = threading.Event()
-    answers: list[list[int]] = [[] for _ in range(clients)]
-
-    def hammer(own: list[int]) -> None:
-        with Client(server, model_name) as client:
-            while not enough.is_set():
-                response = client.predict(x=ZERO)
-                own.append(number(response))
-                assert own[-1] == response.model_spec.version.value
-
-    with ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(hammer, own) for own in answers]
-        try:
-            yield answers
-        finally:
-            enough.set()
-        for future in running:
-            future.result()
 
 
 COPY = """
@@ -192,14 +166,9 @@ def test_1000_malformed_requests(server: Server, client: Client) -> None:
         return Code.OK
 
     def broken_json(method: str, body: bytes) -> int:
-        try:
-            url = f"{server.http}/v1/models/{client.model_name}:{method}"
-            with urllib.request.urlopen(url, body, timeout=10) as response:
-                return response.status
-        except urllib.error.HTTPError as error:
-            with error:
-                assert json.load(error).keys() == {"error"}
-                return error.code
+        status, answer = ask(f"{server.http}/v1/models/{client.model_name}:{method}", body)
+        assert status == 200 or answer.keys() == {"error"}
+        return status
 
     noise = [chance.randbytes(chance.randrange(1, 400)) for _ in range(300)]
     calls = []
@@ -221,9 +190,8 @@ def test_1000_malformed_requests(server: Server, client: Client) -> None:
     assert {400} <= statuses <= {200, 400, 404}
     assert number(client.predict(x=ZERO)) == 1
     assert client.states() == {1: "AVAILABLE"}
-    url = f"{server.http}/v1/models/{client.model_name}:predict"
-    with urllib.request.urlopen(url, whole) as response:
-        assert json.load(response)["outputs"] == [1, 1]
+    answer = ask(f"{server.http}/v1/models/{client.model_name}:predict", whole)
+    assert answer == (200, {"outputs": [1, 1]})
     assert "Traceback" not in server.log.read_text()
 
 
@@ -235,8 +203,7 @@ def test_body_that_never_comes_holds_up_nobody(server: Server, client: Client) -
         connection.putrequest("POST", f"{path}:predict")
         connection.putheader("Content-Length", "1000")
         connection.endheaders(b'{"inputs"')
-    with urllib.request.urlopen(f"{server.http}{path}", timeout=10) as response:
-        assert response.status == 200
+    assert ask(f"{server.http}{path}")[0] == 200
     for connection in waiting:
         connection.close()
 
@@ -263,7 +230,7 @@ def restarted(
     files = {file: file.stat().st_mtime_ns for file in base_path.rglob("*")}
     start = partial(
         start_model_server,
-        *(base_path, "--grpc_max_threads=1"),
+        *(base_path, "--grpc_max_threads=1", "--enforce_session_run_timeout"),
         model_name=NAME,
         ports=(free_port(), free_port()),
     )
@@ -296,3 +263,13 @@ def test_grpc_max_threads(restarted: Server) -> None:
         assert number(quick.result()) == 1
         eventually(lambda: len(order) == 2, "both are done")
         assert order == ["slow", "quick"], "a second thread has answered"
+
+
+def test_requests_are_given_up_at_their_deadline_when_asked_for(restarted: Server) -> None:
+    with Client(restarted, NAME) as client:
+        client.predict(x=ZERO)
+        hour = client.request("wait", seconds=np.float64(3600))
+        late = refused(lambda: client.prediction.Predict(hour, timeout=0.5))
+        assert late[0] == Code.DEADLINE_EXCEEDED
+        after = client.prediction.Predict(client.request(x=ZERO), timeout=60)
+        assert number(after) == 1, "the only thread is free again"

@@ -1,9 +1,6 @@
 """The metrics that the embedded model server offers to Prometheus."""
 
-import json
 import shutil
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,13 +11,9 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, Server, free_port
+from conftest import Addresses, Client, Server, free_port, predict_request
+from helpers.model_server import ask, log_record, run_main, serving, write_warm_up
 from prometheus_client.parser import text_string_to_metric_families
-from tensorflow_serving.apis import (
-    predict_pb2,
-    prediction_log_pb2,
-    prediction_service_pb2_grpc,
-)
 
 PATH = "/monitoring/prometheus/metrics"
 SERVING = ":tensorflow:serving:"
@@ -39,12 +32,7 @@ def warm_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The tiny model, with one request to warm it up."""
     base_path = tmp_path_factory.mktemp("warm")
     shutil.copytree(tiny_model / "1", base_path / "1")
-    log = prediction_log_pb2.PredictionLog()
-    log.predict_log.request.CopyFrom(predict_request())
-    extra = base_path / "1/assets.extra"
-    extra.mkdir(exist_ok=True)
-    with tf.io.TFRecordWriter(str(extra / "tf_serving_warmup_requests")) as writer:
-        writer.write(log.SerializeToString())
+    write_warm_up(base_path / "1", [log_record("predict_log", request())])
     return base_path
 
 
@@ -61,36 +49,27 @@ def server(
     server.stop()
 
 
-def predict_request(name: str = "tiny", size: int = 32) -> Any:
-    request = predict_pb2.PredictRequest()
-    request.model_spec.name = name
-    request.inputs["inputs"].CopyFrom(
-        tf.make_tensor_proto(np.zeros([2, size, size, 3], np.float32))
-    )
-    return request
+def request(name: str = "tiny", size: int = 32) -> Any:
+    return predict_request(name, inputs=np.zeros([2, size, size, 3], np.float32))
 
 
-def page(server: Server, path: str = PATH) -> str:
+def page(server: Addresses, path: str = PATH) -> str:
     with urllib.request.urlopen(server.http + path) as response:
         assert response.headers["Content-Type"] == "text/plain"
         return response.read().decode()
 
 
 def test_metrics_count_what_was_asked(server: Server, warm_model: Path) -> None:
-    predict = prediction_service_pb2_grpc.PredictionServiceStub(
-        grpc.insecure_channel(server.grpc)
-    ).Predict
-    for _ in range(5):
-        predict(predict_request())
-    for request in (predict_request(size=31), predict_request("nobody")):
-        with pytest.raises(grpc.RpcError):
-            predict(request)
+    with Client(server, "tiny") as client:
+        predict = client.prediction.Predict
+        for _ in range(5):
+            predict(request())
+        for bad in (request(size=31), request("nobody")):
+            with pytest.raises(grpc.RpcError):
+                predict(bad)
     url = f"{server.http}/v1/models/tiny:predict"
-    rows = json.dumps({"instances": np.zeros([1, 32, 32, 3]).tolist()}).encode()
-    for body in (rows, rows, rows):
-        urllib.request.urlopen(url, body).read()
-    with pytest.raises(urllib.error.HTTPError):
-        urllib.request.urlopen(url, b"{}")
+    rows = {"instances": np.zeros([1, 32, 32, 3]).tolist()}
+    assert [ask(url, body)[0] for body in (rows, rows, rows, b"{}")] == [200, 200, 200, 400]
 
     text = page(server)
     lines = text.splitlines()
@@ -132,9 +111,7 @@ def test_metrics_count_what_was_asked(server: Server, warm_model: Path) -> None:
     assert [int(line.removeprefix(loading)) > 0 for line in lines if loading in line] == [True]
 
 
-def test_metrics_of_examples(
-    tmp_path: Path, config: Path, start_model_server: Callable[..., Server]
-) -> None:
+def test_metrics_of_examples(tmp_path: Path, config: Path) -> None:
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
     def lengths(inputs):
         return {"scores": tf.cast(tf.strings.length(inputs), tf.float32)[:, None]}
@@ -145,18 +122,17 @@ def test_metrics_of_examples(
 
     signatures = {"serving_default": lengths, "regress": length}
     tf.saved_model.save(tf.Module(), str(tmp_path / "1"), signatures=signatures)
-    server = start_model_server(
-        tmp_path, f"--monitoring_config_file={config}", model_name="examples"
-    )
-    url = f"{server.http}/v1/models/examples"
     rows: dict[str, Any] = {"examples": [{"a": 1}, {"a": 2}, {}], "context": {"b": 3}}
-    urllib.request.urlopen(f"{url}:classify", json.dumps(rows).encode()).read()
-    rows = {"signature_name": "regress", "examples": [{}]}
-    urllib.request.urlopen(f"{url}/versions/1:regress", json.dumps(rows).encode()).read()
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(f"{url}:regress", json.dumps({"examples": [{}]}).encode())
-
-    text = page(server)
+    row: dict[str, Any] = {"examples": [{}]}
+    with serving(
+        *("--model_name=examples", f"--model_base_path={tmp_path}"),
+        f"--monitoring_config_file={config}",
+    ) as server:
+        url = f"{server.http}/v1/models/examples"
+        assert ask(f"{url}:classify", rows)[0] == 200
+        assert ask(f"{url}/versions/1:regress", row | {"signature_name": "regress"})[0] == 200
+        assert ask(f"{url}:regress", row)[0] == 400
+        text = page(server)
     lines = text.splitlines()
     for line in (
         f'{SERVING}request_example_count_total{{model="examples"}} 4',
@@ -173,30 +149,24 @@ def test_metrics_of_examples(
         f'{SERVING}runtime_latency_count{{model_name="examples",API="Regress",runtime="TF1"}} 1',
     ):
         assert line in lines, text
-    server.stop()
 
 
-def test_a_path_of_ones_own(
-    tiny_model: Path, tmp_path: Path, start_model_server: Callable[..., Server]
-) -> None:
+def test_a_path_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
     config = tmp_path / "monitoring.txt"
     config.write_text('prometheus_config { enable: true path: "/metrics" }')
-    server = start_model_server(tiny_model, f"--monitoring_config_file={config}")
-    assert "# TYPE :tensorflow:serving:request_count counter" in page(server, "/metrics")
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        page(server)
-    server.stop()
+    flags = f"--model_base_path={tiny_model}", f"--monitoring_config_file={config}"
+    with serving(*flags) as server:
+        assert "# TYPE :tensorflow:serving:request_count counter" in page(server, "/metrics")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            page(server)
 
 
-def test_no_metrics_unless_asked_for(
-    tiny_model: Path, tmp_path: Path, start_model_server: Callable[..., Server]
-) -> None:
+def test_no_metrics_unless_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     config = tmp_path / "monitoring.txt"
     config.write_text("prometheus_config { enable: false }")
-    server = start_model_server(tiny_model, f"--monitoring_config_file={config}")
-    with pytest.raises(urllib.error.HTTPError, match="404"):
+    flags = f"--model_base_path={tiny_model}", f"--monitoring_config_file={config}"
+    with serving(*flags) as server, pytest.raises(urllib.error.HTTPError, match="404"):
         page(server)
-    server.stop()
 
 
 @pytest.mark.parametrize(
@@ -216,17 +186,9 @@ def test_a_wrong_configuration_is_one_sentence(
 ) -> None:
     config = tmp_path / "monitoring.txt"
     config.write_text(text)
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "model_server", "--port=0", f"--model_base_path={tiny_model}"),
-            f"--monitoring_config_file={config}",
-            *([f"--rest_api_port={free_port()}"] if rest else []),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
+    outcome = run_main(
+        *("--port=0", f"--model_base_path={tiny_model}", f"--monitoring_config_file={config}"),
+        *([f"--rest_api_port={free_port()}"] if rest else []),
     )
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
+    assert message in outcome.stderr

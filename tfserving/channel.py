@@ -1,4 +1,4 @@
-"""A channel to one model server or to several, with the field's usual answers to failures."""
+"""A channel to one model server or several, with retries, balancing and keepalive."""
 
 import json
 import socket
@@ -17,8 +17,8 @@ SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                # To ask again is safe, since predictions change nothing. UNAVAILABLE: nobody took
-                # the request. CANCELLED: a server took it that was about to end.
+                # Asking again is safe, because predictions change nothing. UNAVAILABLE: no server
+                # took the request. CANCELLED: a server took it that was about to end.
                 "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
@@ -31,11 +31,11 @@ OPTIONS = [
     ("grpc.per_rpc_retry_buffer_size", 1 << 28),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # A server that comes back, or a name that means new addresses, is noticed soon.
+    # Notice soon when a server comes back, or when a name gets new addresses.
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
-    # A server that is frozen, or whose machine is lost, is taken out of the rotation. Servers do
-    # not suffer more than two pings within a call, so this is not to be made much shorter.
+    # Leave out a server that hangs, or whose machine is lost. Servers tolerate no more than two
+    # pings within a call, so this time should not be much shorter.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.enable_http_proxy", 0),
@@ -46,8 +46,8 @@ def make_channel(target: str) -> grpc.Channel:
     """Return a channel that balances over a target's addresses and retries once.
 
     Args:
-        target: ``host:port``, a gRPC target such as ``dns:///name:port``, whose addresses may
-            change, or several ``host:port`` with commas between, which are looked up now.
+        target: ``host:port``, or a gRPC target such as ``dns:///name:port``, whose addresses may
+            change, or several ``host:port`` separated by commas, which are looked up only now.
 
     Raises:
         OSError: A host in a list with commas is unknown.

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PredictionServiceStub:
-    """Answers predictions, and says what may be asked.
+    """Predicts, and describes the inputs and outputs of a model.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class PredictionServiceStub:
 
 
 class PredictionServiceServicer:
-    """Answers predictions, and says what may be asked.
+    """Predicts, and describes the inputs and outputs of a model.
     """
 
     def Predict(self, request, context):
@@ -87,7 +87,7 @@ def add_PredictionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PredictionService:
-    """Answers predictions, and says what may be asked.
+    """Predicts, and describes the inputs and outputs of a model.
     """
 
     @staticmethod
@@ -146,7 +146,7 @@ class PredictionService:
 
 
 class ModelServiceStub:
-    """Says how the models are.
+    """Reports which versions of a model are loaded.
     """
 
     def __init__(self, channel):
@@ -163,7 +163,7 @@ class ModelServiceStub:
 
 
 class ModelServiceServicer:
-    """Says how the models are.
+    """Reports which versions of a model are loaded.
     """
 
     def GetModelStatus(self, request, context):
@@ -190,7 +190,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """Says how the models are.
+    """Reports which versions of a model are loaded.
     """
 
     @staticmethod

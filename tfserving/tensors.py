@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from tfserving import messages_pb2 as pb
 
-# For each type: NumPy's name of it, and the field that lists its values one by one.
+# For each type: NumPy's name for it, and the field that lists its values one by one.
 TYPES: dict[pb.DataType, tuple[np.dtype, str]] = {
     pb.DT_HALF: (np.dtype(np.float16), "half_val"),
     pb.DT_FLOAT: (np.dtype(np.float32), "float_val"),
@@ -27,7 +27,7 @@ DATA_TYPES = {dtype: data_type for data_type, (dtype, _) in TYPES.items()}
 
 
 def numpy_dtype(data_type: pb.DataType) -> np.dtype:
-    """Return NumPy's name of a type, such as float32 for ``DT_FLOAT`` (strings are ``object``).
+    """Return NumPy's name for a type, such as float32 for ``DT_FLOAT`` (strings are ``object``).
 
     Raises TypeError for a type that these conversions do not cover.
     """
@@ -63,10 +63,10 @@ def make_tensor_proto(values: ArrayLike) -> pb.TensorProto:
 def make_ndarray(tensor: pb.TensorProto) -> np.ndarray:
     """Return a TensorProto as an array of the same type and shape; strings as ``bytes`` objects.
 
-    A server may send the raw bytes in ``tensor_content`` or list the values in the field of their
-    type, and there a list that is too short means that its last value is repeated; no value at
-    all means zeros. Raises TypeError for a type that is not covered, ValueError when there are
-    more values than the shape has room for.
+    A server may send raw bytes in ``tensor_content``, or list the values in the field of their
+    type. If that list is too short, its last value is repeated; an empty one stands for zeros.
+    Raises TypeError for a type that is not covered, ValueError when there are more values than the
+    shape has room for.
     """
     dtype = numpy_dtype(tensor.dtype)
     shape = [dim.size for dim in tensor.tensor_shape.dim]

@@ -3,9 +3,9 @@
     .venv/bin/python model_server/training/draw.py
 
 writes ``<class>.png`` for each class to ``notebooks/samples/``, and the same drawing, small, to
-``website/static/samples/<class>.webp`` for the website. Every picture follows from its class and
-a seed alone. Seeds below 1,000 are the samples'; the training draws its own variations with seeds
-from 1,000 up and never sees the samples.
+``website/static/samples/<class>.webp`` for the website. A picture depends on its class and its seed
+alone. Seeds below 1,000 belong to the samples. Training draws its own variations with seeds from
+1,000 on, and never sees the samples.
 """
 
 import colorsys
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ROOT / "model_server/classes.txt"
 SAMPLES = ROOT / "notebooks/samples"
 WEBSITE = ROOT / "website/static/samples"
-FINER = 2  # drawn this many times larger, then reduced, which smooths every edge
+FINER = 2  # times larger than the picture; reducing the drawing smooths every edge
 
 Points = list[tuple[float, float]]
 
@@ -73,7 +73,7 @@ class Drawing:
         self.pixels += mask[..., None] * (np.asarray(color, np.float32) - self.pixels)
 
     def shadow(self, points: Points) -> None:
-        """The soft shadow that the shape throws on the paper behind it."""
+        """The soft shadow that the shape casts on the paper behind it."""
         moved = [(x + 0.03, y + 0.05) for x, y in points]
         self.blend(self.mask(moved, blur=0.05) * 0.38, (40, 38, 45))
 
@@ -91,7 +91,7 @@ class Drawing:
         self.blend(inside, np.clip(surface * (light - 0.3 * rim)[..., None], 0, 255))
 
     def folds(self, across: np.ndarray) -> np.ndarray:
-        """Long soft folds, as cloth has them: a few slanted waves of light, about ± 5 %."""
+        """Long soft folds of cloth: a few slanted waves of light, about ± 5 %."""
         down = self.y / self.size[1]
         waves = np.zeros_like(across)
         for _ in range(3):

@@ -3,9 +3,10 @@
     .venv/bin/pip install -r model_server/training/requirements.txt
     .venv/bin/python -m model_server.training.train PHOTOS
 
-``PHOTOS`` holds ``train/<class>/*.jpg`` and ``validation/<class>/*.jpg``. Two cores need about
-40 minutes; an interrupted run goes on after its last finished epoch when it is started again.
-``MODEL_CARD.md`` says where the data, the architecture and the recipe come from.
+``PHOTOS`` holds ``train/<class>/*.jpg`` and ``validation/<class>/*.jpg``. Training takes 12 minutes
+on the two cores that ``MODEL_CARD.md`` names, and up to 40 on older ones. An interrupted run
+continues after its last finished epoch when it is started again. ``MODEL_CARD.md`` says where the
+data, the architecture and the recipe come from.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from model_server.training.draw import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = (ROOT / "model_server/classes.txt").read_text().split()
-SIDE = 224  # pixels; what the backbone was trained at, larger and smaller lose accuracy
+SIDE = 224  # pixels; the backbone was trained at this size and is less accurate at others
 SEED = 7
 
 # Kernel, stride, expansion, output channels, repeats of each stage: EfficientNet-Lite0 as in
@@ -41,7 +42,7 @@ STAGES = [
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 ]
-FROZEN_STAGES = 3  # their edges and textures serve clothes as well as they served ImageNet
+FROZEN_STAGES = 3  # edges and textures, which clothes share with the pictures of ImageNet
 
 
 def convolution(x, name: str, layer: keras.Layer, activation: bool = True):
@@ -81,9 +82,9 @@ def port_imagenet_weights(backbone: keras.Model, state: list[np.ndarray]) -> Non
     """Copy the original's parameters, in its ``state_dict``'s order, into the Keras ``backbone``.
 
     Both list, convolution by convolution, a kernel and then gamma, beta, mean and variance of its
-    batch normalisation. PyTorch keeps kernels as (out, in, height, width), Keras as (height, width,
-    in, out), a depthwise one as (height, width, channel, 1): the same turn of the axes for both,
-    because PyTorch's depthwise "in" is 1.
+    batch normalisation. PyTorch keeps a kernel as (out, in, height, width), Keras as (height,
+    width, in, out). A depthwise kernel is (channel, 1, height, width) in PyTorch and (height,
+    width, channel, 1) in Keras.
 
     Raises ``ValueError`` when a shape differs.
     """
@@ -115,7 +116,7 @@ def imagenet_state() -> list[np.ndarray]:
 def build_classifier(backbone: keras.Model) -> keras.Model:
     """The backbone with dropout and ten probabilities; batch normalisation is frozen.
 
-    Frozen statistics are ImageNet's: 32 photos are too few to estimate better ones.
+    It keeps the statistics of ImageNet, because a batch of 32 photos is too small for better ones.
     """
     for layer in backbone.layers:
         stage = int(layer.name[5]) if layer.name.startswith("stage") else 9
@@ -139,7 +140,7 @@ def read_photos(folder: Path) -> tuple[list[Image.Image], np.ndarray]:
 
 
 def read_drawings(each: int) -> tuple[list[Image.Image], np.ndarray]:
-    """``each`` drawn variations a class; their seeds start where the samples' end."""
+    """``each`` drawn variations of every class; their seeds begin after those of the samples."""
     jobs = [(name, 1000 + seed, 240) for name in CLASSES for seed in range(each)]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         drawn = list(
@@ -149,15 +150,16 @@ def read_drawings(each: int) -> tuple[list[Image.Image], np.ndarray]:
 
 
 def serve_view(image: Image.Image) -> np.ndarray:
-    """What keras-image-helper makes of a picture: uint8 ``[224, 224, 3]``, NEAREST."""
+    """A picture resized as keras-image-helper does it: uint8 ``[224, 224, 3]``, NEAREST."""
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.NEAREST))
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     """A random view of a picture, uint8 ``[224, 224, 3]``.
 
-    Crop, flip and turn are one NEAREST affine from the original straight to 224 × 224, so that the
-    training sees the same jagged edges as serving does; then light, colour and a covered patch.
+    One affine transform crops, flips and rotates the original, straight to 224 × 224 and with
+    NEAREST, so that training sees the same jagged edges as serving. Brightness, contrast, colour
+    and a covered patch follow.
     """
     width, height = image.size
     area, aspect = rng.uniform(0.55, 1.0), math.exp(rng.uniform(-0.25, 0.25))
@@ -194,7 +196,7 @@ def scale(pixels: np.ndarray) -> np.ndarray:
 
 
 class Views(keras.utils.PyDataset):
-    """One epoch of augmented batches in an order that follows from the epoch's number alone."""
+    """One epoch of augmented batches; their order depends on the number of the epoch alone."""
 
     def __init__(self, images: list[Image.Image], labels: np.ndarray, epoch: int, batch: int = 32):
         super().__init__(workers=2, max_queue_size=4)
@@ -225,7 +227,7 @@ def train_head(classifier: keras.Model, images: list[Image.Image], labels: np.nd
 
 
 class Scaled(keras.utils.PyDataset):
-    """Plain pixels, uint8 ``[-1, 224, 224, 3]``, scaled batch by batch to spare memory."""
+    """Plain pixels, uint8 ``[-1, 224, 224, 3]``, scaled batch by batch to save memory."""
 
     def __init__(self, pixels: np.ndarray, batch: int = 64):
         super().__init__()
@@ -257,8 +259,8 @@ def fine_tune(
 ) -> Path:
     """Train from the fourth stage on; return the file of the best epoch's averaged weights.
 
-    ``work`` keeps one state per epoch, from which an interrupted run goes on. An epoch is judged
-    with the exponential moving average of its weights, by accuracy and then by likelihood.
+    ``work`` keeps the state after the last epoch, from which an interrupted run continues. An epoch
+    is judged by the exponential moving average of its weights: by accuracy, then by likelihood.
     """
     images, labels = photos[0] + drawings[0], np.concatenate([photos[1], drawings[1]])
     steps = len(Views(images, labels, 0))
@@ -296,7 +298,7 @@ def fine_tune(
 def write_half_precision(source: Path, target: Path) -> None:
     """Copy a ``.keras`` file with its weights rounded to float16, which halves its size.
 
-    ``keras.saving.load_model`` reads it as any other: the variables themselves stay float32.
+    ``keras.saving.load_model`` reads it like any other file: the variables themselves stay float32.
     """
     weights = io.BytesIO()
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:

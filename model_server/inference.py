@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -15,33 +16,53 @@ from .errors import ServingError, invalid_argument
 from .servable import DEFAULT_SIGNATURE, Servable
 from .tensors import shape_name
 
-CLASSIFY = "tensorflow/serving/classify"
-REGRESS = "tensorflow/serving/regress"
+
+@dataclass(frozen=True)
+class Method:
+    """One of the two methods that run a signature on Examples, and where they differ.
+
+    ``name`` is the ``method_name`` of its signatures, ``api`` the RPC, ``kind`` the noun in
+    messages and fields. ``outputs`` maps the outputs that a signature may have to their
+    ``DataType``; it must have at least one of them. ``wrong_count`` is the message for a signature
+    with another number of outputs, ``missing`` for one with none of these. ``make_result`` turns
+    the outputs for a number of examples into a result message, ``rows`` turns that into a list for
+    JSON.
+    """
+
+    name: str
+    api: str
+    kind: str
+    request: type
+    response: type
+    outputs: Mapping[str, int]
+    wrong_count: str
+    missing: str
+    make_result: Callable[[Mapping[str, np.ndarray], int], Any]
+    rows: Callable[[Any], list]
 
 
 def infer(
     servable: Servable,
     signature_name: str,
-    method_name: str,
+    method: Method,
     inputs: Any,
     check_method_name: bool = False,
     timeout_ms: int = 0,
 ) -> Any:
     """Run a signature on an ``Input``: a ``ClassificationResult`` or a ``RegressionResult``.
 
-    ``method_name`` says which, and with ``check_method_name`` the signature must say the same.
-    Raises ServingError for everything that can be wrong.
+    With ``check_method_name`` the signature must be one for this method. Raises ServingError for
+    everything that can be wrong.
     """
     signature = servable.signatures.get(signature_name or DEFAULT_SIGNATURE)
     if signature is None:
         raise invalid_argument(
             f"No signature was found with the name: {signature_name or DEFAULT_SIGNATURE}"
         )
-    aliases = check_signature(signature, method_name, check_method_name)
+    aliases = check_signature(signature, method, check_method_name)
     examples = serialize(inputs)
     outputs = servable.predict(signature_name, {"inputs": examples}, aliases, timeout_ms)
-    make_result = _classification_result if method_name == CLASSIFY else _regression_result
-    return make_result(outputs, len(examples))
+    return method.make_result(outputs, len(examples))
 
 
 def infer_all(
@@ -57,7 +78,7 @@ def infer_all(
         infer(
             servable,
             task.model_spec.signature_name,
-            task.method_name,
+            METHODS[task.method_name],
             inputs,
             check_method_name,
             timeout_ms,
@@ -83,45 +104,35 @@ def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> Non
         names.add(name)
         if name not in servable.signatures:
             raise invalid_argument(f"Requested signature not found in model graph: {name}")
-        if task.method_name not in (CLASSIFY, REGRESS):
+        if task.method_name not in METHODS:
             raise ServingError(
                 grpc.StatusCode.UNIMPLEMENTED,
                 f"Unsupported signature method_name: {task.method_name}",
             )
         signature = servable.signatures[name]
-        check_signature(signature, task.method_name, check_method_name)
+        check_signature(signature, METHODS[task.method_name], check_method_name)
         tensor_names.add(signature.inputs["inputs"].name)
         if len(tensor_names) > 1:
             raise invalid_argument("Input tensor must be the same for all Signatures.")
 
 
-def check_signature(signature: Any, method_name: str, check_method_name: bool) -> list[str]:
+def check_signature(signature: Any, method: Method, check_method_name: bool) -> list[str]:
     """Return the outputs to compute; raise ServingError when the signature has not got them."""
-    kind = "classification" if method_name == CLASSIFY else "regression"
-    if check_method_name and signature.method_name != method_name:
+    if check_method_name and signature.method_name != method.name:
         raise invalid_argument(
-            f"Expected {kind} signature method_name to be {method_name}. "
+            f"Expected {method.kind} signature method_name to be {method.name}. "
             f"Was: {signature.method_name}"
         )
     if len(signature.inputs) != 1:
         raise invalid_argument("Expected one input Tensor.")
     count = len(signature.outputs)
-    if method_name == CLASSIFY and count not in (1, 2):
-        raise invalid_argument(f"Expected one or two output Tensors, found {count}")
-    if method_name == REGRESS and count != 1:
-        raise invalid_argument("Expected one output Tensor.")
+    if not 1 <= count <= len(method.outputs):
+        raise invalid_argument(method.wrong_count.format(count=count))
     if "inputs" not in signature.inputs:
-        raise invalid_argument(f"No {kind} inputs found in SignatureDef: {signature}")
-    if method_name == REGRESS:
-        if "outputs" not in signature.outputs:
-            raise invalid_argument(f"No regression outputs found in SignatureDef: {signature}")
-        return ["outputs"]
-    aliases = [alias for alias in ("classes", "scores") if alias in signature.outputs]
+        raise invalid_argument(f"No {method.kind} inputs found in SignatureDef: {signature}")
+    aliases = [alias for alias in method.outputs if alias in signature.outputs]
     if not aliases:
-        raise invalid_argument(
-            "Expected classification signature outputs to contain at least one of "
-            f'"classes" or "scores". Signature was: {signature}'
-        )
+        raise invalid_argument(method.missing.format(signature=signature))
     return aliases
 
 
@@ -130,7 +141,8 @@ def serialize(inputs: Any) -> np.ndarray:
     context = b""
     examples = inputs.example_list.examples
     if inputs.WhichOneof("kind") == "example_list_with_context":
-        # One message after another parses as both merged: the example's features win.
+        # Two messages, one after the other, parse as one message. Where both have a feature, the
+        # second counts, which is the example's.
         context = inputs.example_list_with_context.context.SerializeToString()
         examples = inputs.example_list_with_context.examples
     if not examples:
@@ -139,7 +151,7 @@ def serialize(inputs: Any) -> np.ndarray:
 
 
 def _classification_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
-    for alias, dtype in (("classes", types_pb2.DT_STRING), ("scores", types_pb2.DT_FLOAT)):
+    for alias, dtype in CLASSIFY.outputs.items():
         if alias in outputs:
             array = outputs[alias]
             if array.ndim != 2:
@@ -170,6 +182,14 @@ def _classification_result(outputs: Mapping[str, np.ndarray], count: int) -> Any
     return result
 
 
+def _classification_rows(result: Any) -> list:
+    """List a pair of label and score for each class of each example."""
+    return [
+        [[each.label, _shortest(each.score)] for each in classifications.classes]
+        for classifications in result.classifications
+    ]
+
+
 def _regression_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
     array = outputs["outputs"]
     if array.shape[1:] not in ((), (1,)) or not array.ndim:
@@ -181,11 +201,16 @@ def _regression_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
         raise invalid_argument(
             f"Input batch size did not match output batch size: {count} vs. {len(array)}"
         )
-    _check_dtype(array, types_pb2.DT_FLOAT, "output Tensor of DT_FLOAT.  ")
+    _check_dtype(array, REGRESS.outputs["outputs"], "output Tensor of DT_FLOAT.  ")
     result = regression_pb2.RegressionResult()
     for value in array.ravel().tolist():
         result.regressions.add(value=value)
     return result
+
+
+def _regression_rows(result: Any) -> list:
+    """List the value of each example."""
+    return [_shortest(regression.value) for regression in result.regressions]
 
 
 def _check_dtype(array: np.ndarray, dtype: int, expected: str) -> None:
@@ -196,6 +221,39 @@ def _check_dtype(array: np.ndarray, dtype: int, expected: str) -> None:
 
 def _name(dtype: int) -> str:
     return types_pb2.DataType.Name(dtype)
+
+
+def _shortest(value: float) -> float:
+    """Turn a float32 into the double that is written with the same digits: 0.1 stays 0.1."""
+    return float(str(np.float32(value)))
+
+
+CLASSIFY = Method(
+    "tensorflow/serving/classify",
+    api="Classify",
+    kind="classification",
+    request=classification_pb2.ClassificationRequest,
+    response=classification_pb2.ClassificationResponse,
+    outputs={"classes": types_pb2.DT_STRING, "scores": types_pb2.DT_FLOAT},
+    wrong_count="Expected one or two output Tensors, found {count}",
+    missing="Expected classification signature outputs to contain at least one of "
+    '"classes" or "scores". Signature was: {signature}',
+    make_result=_classification_result,
+    rows=_classification_rows,
+)
+REGRESS = Method(
+    "tensorflow/serving/regress",
+    api="Regress",
+    kind="regression",
+    request=regression_pb2.RegressionRequest,
+    response=regression_pb2.RegressionResponse,
+    outputs={"outputs": types_pb2.DT_FLOAT},
+    wrong_count="Expected one output Tensor.",
+    missing="No regression outputs found in SignatureDef: {signature}",
+    make_result=_regression_result,
+    rows=_regression_rows,
+)
+METHODS = {method.name: method for method in (CLASSIFY, REGRESS)}
 
 
 def parse_input(document: Mapping[str, Any]) -> Any:
@@ -222,22 +280,9 @@ def parse_input(document: Mapping[str, Any]) -> Any:
     return inputs
 
 
-def format_result(result: Any) -> str:
+def format_result(method: Method, result: Any) -> str:
     """Write ``{"results": [...]}``: pairs of label and score for each example, or a value."""
-    rows: list[Any]
-    if isinstance(result, classification_pb2.ClassificationResult):
-        rows = [
-            [[each.label, _shortest(each.score)] for each in classifications.classes]
-            for classifications in result.classifications
-        ]
-    else:
-        rows = [_shortest(regression.value) for regression in result.regressions]
-    return f'{{\n    "results": {json.dumps(rows, ensure_ascii=False)}\n}}'
-
-
-def _shortest(value: float) -> float:
-    """Turn a float32 into the double that is written with the same digits: 0.1 stays 0.1."""
-    return float(str(np.float32(value)))
+    return f'{{\n    "results": {json.dumps(method.rows(result), ensure_ascii=False)}\n}}'
 
 
 def _fill_example(example: Any, row: Any) -> None:
