@@ -80,9 +80,12 @@ class RestApi:
     check_method_name: bool = False
     with_cors: bool = False
 
+    def __post_init__(self) -> None:
+        self._application = Request.application(self._respond)
+
     def __call__(self, environ: Any, start_response: Any) -> Any:
         """Answer a WSGI request; an error that is not the client's is logged, too."""
-        return Request.application(self._respond)(environ, start_response)
+        return self._application(environ, start_response)
 
     def _respond(self, request: Request) -> Response:
         try:
