@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from workbook.run import MODEL, PORTS, ROOT, end_on_signals, execute, free_ports
+from workbook.run import MODEL, ROOT, end_on_signals, execute, free_ports, lessons
 
 LOGS = ROOT / "build" / "serve"
+PORTS = {"GRPC_PORT": 8500, "REST_PORT": 8501, "GATEWAY_PORT": 9696}
 
 
 class Ended(Exception):
@@ -80,9 +81,7 @@ def main() -> int:
     try:
         if base_path == MODEL.parent and not MODEL.is_dir():
             print("There is no build/clothing-model yet: notebook 01 makes it.", flush=True)
-            made = execute(
-                next((ROOT / "notebooks").glob("01-*.ipynb")), ROOT / "build" / "workbook"
-            )
+            made = execute(lessons(ROOT / "notebooks")[0], ROOT / "build" / "workbook")
             if made.error:
                 print(f"{made.notebook} failed: {made.error}", file=sys.stderr)
                 return 1
