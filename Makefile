@@ -5,16 +5,17 @@ PY := .venv/bin/python
 # The kernel named python3 is the one of .venv, whatever else is installed for this user.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: help workbook test lab serve bench lock clean setup tools
+.PHONY: help workbook test lint lab serve bench lock clean setup tools
 
 help:
 	@echo "Clothes to Cluster"
 	@echo
 	@echo "  make workbook   execute the notebooks, write them as pages to build/workbook/"
 	@echo "                  (some of them: make workbook ONLY=\"02 03\")"
-	@echo "  make test       lint, check types, run every test; where a Docker engine answers, also"
-	@echo "                  those that build images and run containers"
+	@echo "  make test       run every test; where a Docker engine answers, also those that build"
+	@echo "                  images and run containers"
 	@echo "                  (some of them: make test ARGS=\"-k gateway\")"
+	@echo "  make lint       check style and types"
 	@echo "  make lab        open the notebooks in JupyterLab"
 	@echo "  make serve      model server and gateway, until Ctrl-C"
 	@echo "  make bench      measure model server and gateway, in nine minutes or so"
@@ -35,7 +36,15 @@ workbook: setup
 	@$(PY) -m workbook.run --only $(ONLY)
 
 test: setup
-	@$(PY) -m pytest -n 3 $(ARGS)
+	@$(PY) -m pytest -n 3 --dist loadfile $(ARGS)
+
+# .pre-commit-config.yaml has the same commands.
+lint: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	@if command -v shellcheck >/dev/null; then echo "shellcheck"; shellcheck .ci/run workbook/setup.sh; \
+	else echo "shellcheck is not installed: .ci/run and workbook/setup.sh are not checked"; fi
 
 lab: setup
 	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

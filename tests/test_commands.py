@@ -1,4 +1,4 @@
-"""The commands around the lessons: make, the runner of the workbook, serve, lint, lock, CI."""
+"""The commands around the lessons: make, the runner of the workbook, serve, lock, CI."""
 
 import json
 import os
@@ -19,6 +19,7 @@ import nbformat
 import psutil
 import pytest
 import requests
+import yaml
 from conftest import ROOT, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
@@ -106,7 +107,7 @@ def busy_ports() -> Iterator[list[int]]:
 
 def test_make_alone_lists_the_commands() -> None:
     listed = run("make").stdout
-    for target in ("workbook", "test", "lab", "serve", "bench", "lock", "clean"):
+    for target in ("workbook", "test", "lint", "lab", "serve", "bench", "lock", "clean"):
         assert re.search(rf"^  make {target} ", listed, re.MULTILINE)
         assert run("make", "--dry-run", target).returncode == 0
 
@@ -540,15 +541,17 @@ def test_serve_says_which_server_died_and_ends_the_other(clothing_model: Path) -
     assert len(said.strip().splitlines()) == 1
 
 
-# --- lint, types, workflow -----------------------------------------------------------------------
+# --- lint, workflow ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join
-)
-def test_source_is_clean(command: list[str]) -> None:
-    done = run(sys.executable, "-m", *command)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_pre_commit_and_ci_have_the_commands_of_make_lint() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    recipe = run("make", "--dry-run", "lint").stdout
+    assert len(hooks) >= 3
+    assert [command for command in hooks if f"{command}\n" not in recipe] == []
+    assert "\n  make lint\n" in (ROOT / ".ci/run").read_text()
+    assert "- run: .ci/run\n" in (ROOT / ".github/workflows/ci.yaml").read_text()
 
 
 def test_workflow_passes_actionlint() -> None:

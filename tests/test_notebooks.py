@@ -159,6 +159,13 @@ def test_files_that_are_shown_are_as_they_are(path: Path) -> None:
             assert now.stdout.strip() in printed(cell), command
 
 
+def test_lesson_05_is_committed_as_it_runs_in_containers() -> None:
+    """Where an engine answers, `make workbook` runs it so: `.ci/run` makes sure of that."""
+    (path,) = (path for path in NOTEBOOKS if path.name.startswith("05-"))
+    for words in ("engine: docker – ", "prediction: dress ", " requests, 0 failed"):
+        assert words in text_without_pictures(path)
+
+
 @every_notebook
 def test_shows_figures_and_nothing_of_the_machine(path: Path) -> None:
     assert path.stat().st_size < 200_000

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 import nbformat
 import papermill
@@ -195,7 +195,7 @@ def look_at(notebook: Path) -> Outcome:
     return Outcome(notebook.stem, heading[1] if heading else notebook.stem, count)
 
 
-def execute(notebook: Path, folder: Path, **parameters: object) -> Outcome:
+def execute(notebook: Path, folder: Path, **parameters: Any) -> Outcome:
     """Execute a notebook at the repository's root; write the result and its page into a folder.
 
     Args:
