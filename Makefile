@@ -1,8 +1,8 @@
-# Every command sets up what it needs, in .tools/ and .venv/ only; what it makes goes to build/.
+# Every command installs what it needs, in .tools/ and .venv/ only, and writes to build/.
 
 PY := .venv/bin/python
 
-# The kernel named python3 is the one of .venv, whatever else is installed for this user.
+# Jupyter finds the kernel named python3 in .venv, whatever else is installed for this user.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
 .PHONY: help workbook test lint lab serve bench lock clean setup tools
@@ -10,20 +10,20 @@ export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 help:
 	@echo "Clothes to Cluster"
 	@echo
-	@echo "  make workbook   execute the notebooks, write them as pages to build/workbook/"
+	@echo "  make workbook   execute the lessons and write them as pages to build/workbook/"
 	@echo "                  (some of them: make workbook ONLY=\"02 03\")"
-	@echo "  make test       run every test; where a Docker engine answers, also those that build"
-	@echo "                  images and run containers"
+	@echo "  make test       run the tests; if a Docker engine answers, build images and run"
+	@echo "                  containers, too"
 	@echo "                  (some of them: make test ARGS=\"-k gateway\")"
 	@echo "  make lint       check style and types"
 	@echo "  make lab        open the notebooks in JupyterLab"
-	@echo "  make serve      model server and gateway, until Ctrl-C"
-	@echo "  make bench      measure model server and gateway, in nine minutes or so"
-	@echo "                  (more requests for its memory: make bench REQUESTS=20000)"
-	@echo "  make lock       resolve Pipfile anew into Pipfile.lock"
-	@echo "  make clean      remove what these commands have made"
+	@echo "  make serve      run the model server and the gateway until Ctrl-C"
+	@echo "  make bench      measure the model server and the gateway, in about nine minutes"
+	@echo "                  (measure the memory over more requests: make bench REQUESTS=20000)"
+	@echo "  make lock       write the newest versions into Pipfile.lock"
+	@echo "  make clean      remove everything that these commands have made"
 	@echo
-	@echo "  PYTHON=...      take this Python (3.11, 3.12 or 3.13)"
+	@echo "  PYTHON=...      use this Python (3.11, 3.12 or 3.13)"
 	@echo "  WORKBOOK_ENGINE=auto|docker|embedded   what runs TensorFlow Serving"
 
 setup:

@@ -537,7 +537,7 @@ def test_serve_says_which_server_died_and_ends_the_other(clothing_model: Path) -
         said = process.communicate()[0]
         assert process.returncode == 1
         assert descendants(mark) == []
-    assert said.strip().startswith("The model server has ended with status -9; its last words in")
+    assert said.strip().startswith("The model server has ended with status -9; the last line of")
     assert len(said.strip().splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""Execute the notebooks in order and turn them into pages: `make workbook`."""
+"""Execute the lessons in order and turn them into pages: `make workbook`."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ MARK = uuid.uuid4().hex
 class Outcome:
     """What became of one notebook: `outcome` is `done`, `failed` or `not run`.
 
-    `engine` and `prediction` are what follows these words in the lines that it printed.
+    `engine` and `prediction` come from the lines that it printed, such as `engine: docker`.
     """
 
     notebook: str
@@ -86,7 +86,7 @@ def ports_of(notebook: Path) -> dict[str, int]:
 
 
 def free_ports(wanted: dict[str, int]) -> dict[str, int]:
-    """Give each name its port, or the next free one where it is busy, said in one line."""
+    """Give each name its port; if that is busy, the next free one, and say so in one line."""
     given: dict[str, int] = {}
     for name, preferred in wanted.items():
         taken = {*wanted.values(), *given.values()} - {preferred}
@@ -122,10 +122,10 @@ def end_started() -> None:
 
 
 def on_the_engine(number: str, ports: Iterable[int]) -> list[tuple[str, str]]:
-    """Return kind and name of what a lesson has on the Docker engine, as far as its name tells.
+    """Return kind and name of everything that a lesson has on the Docker engine.
 
-    All names begin with `lesson-04` or `lesson04`; a port after that is one of the lesson's own,
-    or the lesson is another one, which somebody else is running now.
+    Names tell: they begin with `lesson-04` or `lesson04`. A port may follow; if it is none of the
+    lesson's own, somebody else runs the same lesson at the same time.
     """
     if shutil.which("docker") is None:
         return []
@@ -140,9 +140,9 @@ def on_the_engine(number: str, ports: Iterable[int]) -> list[tuple[str, str]]:
 
 
 def left_behind(number: str, ports: Iterable[int]) -> str:
-    """Say what a lesson has left running, five seconds after its last cell at the latest.
+    """Say what is still there five seconds after a lesson's last cell, or return nothing.
 
-    It is asked while the kernel is there, as it is for a reader: a kernel that ends takes most of
+    The kernel is still there, too, as it is for a reader. A kernel that ends would take most of
     what it has started with it.
     """
     deadline = time.monotonic() + 5
@@ -159,7 +159,7 @@ def left_behind(number: str, ports: Iterable[int]) -> str:
 
 
 def end_on_signals() -> None:
-    """Turn Ctrl-C, SIGTERM and a closed terminal into one KeyboardInterrupt, however often sent."""
+    """Raise one KeyboardInterrupt on Ctrl-C, SIGTERM or a closed terminal, however often sent."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -174,7 +174,7 @@ def end_on_signals() -> None:
 
 @contextmanager
 def chatter_to(log: Path) -> Iterator[TextIO]:
-    """Send to a file what kernels and libraries write past the notebook; yield the terminal."""
+    """Send what kernels and libraries print outside the notebook to a file; yield the terminal."""
     ours = os.dup(1), os.dup(2)
     try:
         with log.open("ab") as file, os.fdopen(os.dup(2), "w") as terminal:
