@@ -1,28 +1,29 @@
-# Every command sets up what it needs, in .tools/ and .venv/ only; what it makes goes to build/.
+# Every command installs what it needs, in .tools/ and .venv/ only, and writes to build/.
 
 PY := .venv/bin/python
 
-# The kernel named python3 is the one of .venv, whatever else is installed for this user.
+# Jupyter finds the kernel named python3 in .venv, whatever else is installed for this user.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: help workbook test lab serve bench lock clean setup tools
+.PHONY: help workbook test lint lab serve bench lock clean setup tools
 
 help:
 	@echo "Clothes to Cluster"
 	@echo
-	@echo "  make workbook   execute the notebooks, write them as pages to build/workbook/"
+	@echo "  make workbook   execute the lessons and write them as pages to build/workbook/"
 	@echo "                  (some of them: make workbook ONLY=\"02 03\")"
-	@echo "  make test       lint, check types, run every test; where a Docker engine answers, also"
-	@echo "                  those that build images and run containers"
+	@echo "  make test       run the tests; if a Docker engine answers, build images and run"
+	@echo "                  containers, too"
 	@echo "                  (some of them: make test ARGS=\"-k gateway\")"
+	@echo "  make lint       check style and types"
 	@echo "  make lab        open the notebooks in JupyterLab"
-	@echo "  make serve      model server and gateway, until Ctrl-C"
-	@echo "  make bench      measure model server and gateway, in nine minutes or so"
-	@echo "                  (more requests for its memory: make bench REQUESTS=20000)"
-	@echo "  make lock       resolve Pipfile anew into Pipfile.lock"
-	@echo "  make clean      remove what these commands have made"
+	@echo "  make serve      run the model server and the gateway until Ctrl-C"
+	@echo "  make bench      measure the model server and the gateway, in about nine minutes"
+	@echo "                  (measure the memory over more requests: make bench REQUESTS=20000)"
+	@echo "  make lock       write the newest versions into Pipfile.lock"
+	@echo "  make clean      remove everything that these commands have made"
 	@echo
-	@echo "  PYTHON=...      take this Python (3.11, 3.12 or 3.13)"
+	@echo "  PYTHON=...      use this Python (3.11, 3.12 or 3.13)"
 	@echo "  WORKBOOK_ENGINE=auto|docker|embedded   what runs TensorFlow Serving"
 
 setup:
@@ -35,7 +36,15 @@ workbook: setup
 	@$(PY) -m workbook.run --only $(ONLY)
 
 test: setup
-	@$(PY) -m pytest -n 3 $(ARGS)
+	@$(PY) -m pytest -n 3 --dist loadfile $(ARGS)
+
+# .pre-commit-config.yaml has the same commands.
+lint: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	@if command -v shellcheck >/dev/null; then echo "shellcheck"; shellcheck .ci/run workbook/setup.sh; \
+	else echo "shellcheck is not installed: .ci/run and workbook/setup.sh are not checked"; fi
 
 lab: setup
 	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

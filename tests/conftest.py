@@ -1,5 +1,6 @@
 """Servers, models and pictures that the tests share: all real, all on loopback."""
 
+import fcntl
 import io
 import itertools
 import os
@@ -24,7 +25,6 @@ import grpc
 import psutil
 import pytest
 from PIL import Image
-from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     from hostile.namespace import Namespace
@@ -48,19 +48,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-
-
-class FilesAndLessons(LoadFileScheduling):
-    """Keeps the tests of a file on one worker, where they share servers; a lesson may go alone."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        lesson = "::test_lesson_runs_and_leaves_nothing_behind[" in nodeid
-        return nodeid if lesson else super()._split_scope(nodeid)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
-    """Distribute the tests over the workers of pytest-xdist."""
-    return FilesAndLessons(config, log)
 
 
 def free_port() -> int:
@@ -422,8 +409,21 @@ def export(base_path: Path, **parameters: object) -> Path:
 
 @pytest.fixture(scope="session")
 def clothing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base path of the bundled model, exported by lesson 01."""
-    return export(tmp_path_factory.mktemp("lesson-01") / "clothing-model")
+    """The base path of the bundled model, exported by lesson 01 once for all workers.
+
+    It is shared: whoever wants to change it takes a copy.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    finished = folder / "lesson-01"
+    with (folder / "lesson-01.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            making = tmp_path_factory.mktemp("lesson-01")
+            export(making / "clothing-model")
+            making.rename(finished)
+    return finished / "clothing-model"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The commands around the lessons: make, the runner of the workbook, serve, lint, lock, CI."""
+"""The commands around the lessons: make, the runner of the workbook, serve, lock, CI."""
 
 import json
 import os
@@ -19,6 +19,7 @@ import nbformat
 import psutil
 import pytest
 import requests
+import yaml
 from conftest import ROOT, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
@@ -106,7 +107,7 @@ def busy_ports() -> Iterator[list[int]]:
 
 def test_make_alone_lists_the_commands() -> None:
     listed = run("make").stdout
-    for target in ("workbook", "test", "lab", "serve", "bench", "lock", "clean"):
+    for target in ("workbook", "test", "lint", "lab", "serve", "bench", "lock", "clean"):
         assert re.search(rf"^  make {target} ", listed, re.MULTILINE)
         assert run("make", "--dry-run", target).returncode == 0
 
@@ -231,7 +232,7 @@ def test_a_failing_notebook_is_reported_with_its_cell(
     source = tmp_path / "source"
     ports = "import sys; print(GRPC_PORT, sys.prefix)"
     printed = "print('engine: embedded – told so'); print('prediction: dress 0.97')"
-    write_notebook(source / "01-works.ipynb", "GRPC_PORT = 8500", ports, SERVER, printed)
+    write_notebook(source / "01-works.ipynb", "GRPC_PORT = 8500", ports, printed)
     write_notebook(source / "02-fails.ipynb", "x = 5", "x += 1\nraise ValueError(f'{x} is odd')")
     write_notebook(source / "03-waits.ipynb", "print('never')")
     before = {path: path.read_bytes() for path in source.iterdir()}
@@ -243,7 +244,7 @@ def test_a_failing_notebook_is_reported_with_its_cell(
     assert {path: path.read_bytes() for path in source.iterdir()} == before
 
     assert re.search(r"^port 8500 is busy: GRPC_PORT is \d+ this time$", said, re.MULTILINE)
-    assert re.search(r"01-works .* embedded .* 4 .* done", said)
+    assert re.search(r"01-works .* embedded .* 3 .* done", said)
     assert "\nengine: embedded – told so\n" in said
     assert re.search(r"02-fails .* failed", said)
     assert re.search(r"03-waits .* not run", said)
@@ -263,6 +264,99 @@ def test_a_failing_notebook_is_reported_with_its_cell(
     assert re.findall(r'src="(?!data:)[^"]*"', page) == []
     index = (target / "index.html").read_text()
     assert 'href="02-fails.html"' in index and 'href="03-waits.html"' not in index
+    assert "6 is odd" in index
+
+
+def test_ports_are_chosen_when_a_lesson_starts(workbook: list[object], tmp_path: Path) -> None:
+    """The port that is busy for the first lesson is free again for the second one."""
+    wait = f"""from pathlib import Path
+import time
+print(GRPC_PORT)
+Path({str(tmp_path)!r}, "running").touch()
+while not Path({str(tmp_path)!r}, "released").exists():
+    time.sleep(0.05)"""
+    with socket.create_server(("127.0.0.1", free_port())) as listener:
+        port = listener.getsockname()[1]
+        given = f"GRPC_PORT = {port}"
+        write_notebook(tmp_path / "source" / "01-first.ipynb", given, wait)
+        write_notebook(tmp_path / "source" / "02-second.ipynb", given, "print(GRPC_PORT)")
+        with started(*workbook) as (process, _):
+            while not (tmp_path / "running").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            listener.close()
+            (tmp_path / "released").touch()
+            said = process.communicate()[0]
+            assert process.returncode == 0
+    (busy,) = re.findall(r"^port (\d+) is busy: GRPC_PORT is (\d+) this time$", said, re.MULTILINE)
+    first, second = (
+        nbformat.read(tmp_path / "target" / f"{name}.ipynb", as_version=4).cells[-1].outputs[0].text
+        for name in ("01-first", "02-second")
+    )
+    assert (*busy, second.strip()) == (str(port), first.strip(), str(port))
+
+
+def bar_of(page: Path) -> dict[str, str]:
+    """Where the links of a page's navigation bar lead to."""
+    (bar,) = re.findall(r'<nav class="lessons".*?</nav>', page.read_text(), re.DOTALL)
+    links = re.findall(r'<a (?:rel="(prev|next)" )?href="(.*?)\.html"', bar)
+    return {rel or "all": target for rel, target in links}
+
+
+def test_a_partial_run_keeps_the_other_rows_and_links_all_pages(
+    workbook: list[object], tmp_path: Path
+) -> None:
+    """A bonus lesson comes after the lesson of its number, and `--only` runs both."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("01-a", "02-b", "04-zoo", "04-bonus-ant"):
+        write_notebook(source / f"{name}.ipynb", f"print('prediction: {name}')")
+    assert run(*workbook, "--only", "01", "02").returncode == 0
+    index = (target / "index.html").read_text()
+    assert re.findall(r'href="(.+?)\.html"', index) == ["01-a", "02-b"]
+    assert index.count("not run") == 4, "the class and the word of two rows"
+    assert bar_of(target / "02-b.html") == {"prev": "01-a", "all": "index"}
+
+    (source / "02-b.ipynb").unlink()
+    done = run(*workbook, "--only", "04")
+    assert done.returncode == 0
+    assert "02-b" not in done.stdout and "The picture shows: 04-bonus-ant" in done.stdout
+    index = (target / "index.html").read_text()
+    assert re.findall(r'href="(.+?)\.html"', index) == ["01-a", "04-zoo", "04-bonus-ant"]
+    assert bar_of(target / "01-a.html") == {"all": "index", "next": "04-zoo"}
+    assert bar_of(target / "04-zoo.html") == {
+        "prev": "01-a",
+        "all": "index",
+        "next": "04-bonus-ant",
+    }
+    assert bar_of(target / "04-bonus-ant.html") == {"prev": "04-zoo", "all": "index"}
+
+
+def test_a_lesson_that_leaves_a_server_behind_has_failed(
+    workbook: list[object], tmp_path: Path
+) -> None:
+    write_notebook(tmp_path / "source" / "01-leaves.ipynb", SERVER)
+    with started(*workbook) as (process, mark):
+        said = process.communicate()[0]
+        assert process.returncode == 1
+        assert descendants(mark) == []
+    assert re.search(
+        r"01-leaves failed: it left behind: process \d+ \(\S+ -m http\.server 0\)", said
+    )
+    assert (tmp_path / "target" / "01-leaves.html").exists()
+
+
+def test_a_lesson_that_leaves_something_on_the_engine_has_failed(
+    docker_engine: None, workbook: list[object], tmp_path: Path
+) -> None:
+    network = f"lesson-01-test{uuid.uuid4().hex[:8]}"
+    write_notebook(tmp_path / "source" / "01-leaves.ipynb", f"!docker network create {network}")
+    try:
+        done = run(*workbook)
+        assert done.returncode == 1
+        assert f"01-leaves failed: it left behind: network {network}" in done.stdout
+        assert engine.docker("network", "ls", "--quiet", f"--filter=name={network}") == ""
+    finally:
+        engine.docker("network", "rm", network)
 
 
 def test_interrupting_the_workbook_leaves_nothing_behind(
@@ -287,7 +381,7 @@ def test_a_selection_that_does_not_exist_is_refused(workbook: list[object], tmp_
     write_notebook(tmp_path / "source" / "01-works.ipynb", "1")
     done = run(*workbook, "--only", "7")
     assert done.returncode == 2
-    assert done.stderr == "No notebook is numbered 7: there are 01.\n"
+    assert done.stderr == "No lesson begins with 7: there are 01.\n"
 
 
 # --- which engine --------------------------------------------------------------------------------
@@ -443,19 +537,21 @@ def test_serve_says_which_server_died_and_ends_the_other(clothing_model: Path) -
         said = process.communicate()[0]
         assert process.returncode == 1
         assert descendants(mark) == []
-    assert said.strip().startswith("The model server has ended with status -9; its last words in")
+    assert said.strip().startswith("The model server has ended with status -9; the last line of")
     assert len(said.strip().splitlines()) == 1
 
 
-# --- lint, types, workflow -----------------------------------------------------------------------
+# --- lint, workflow ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join
-)
-def test_source_is_clean(command: list[str]) -> None:
-    done = run(sys.executable, "-m", *command)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_pre_commit_and_ci_have_the_commands_of_make_lint() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    recipe = run("make", "--dry-run", "lint").stdout
+    assert len(hooks) >= 3
+    assert [command for command in hooks if f"{command}\n" not in recipe] == []
+    assert "\n  make lint\n" in (ROOT / ".ci/run").read_text()
+    assert "- run: .ci/run\n" in (ROOT / ".github/workflows/ci.yaml").read_text()
 
 
 def test_workflow_passes_actionlint() -> None:

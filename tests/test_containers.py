@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import uuid
 from collections import Counter
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import nbformat
 import numpy as np
 import pytest
 import requests
@@ -45,7 +43,7 @@ from test_images import (
 )
 
 import tfserving
-from workbook.engine import SERVING_IMAGE, choose_engine, docker_obstacle, remove_containers
+from workbook.engine import SERVING_IMAGE, choose_engine, docker_obstacle
 
 __all__ = ["build", "compose"]  # fixtures
 
@@ -561,35 +559,3 @@ def test_one_command_leaves_nothing(stack: Stack) -> None:
     stack.run("down")
     assert stack.left() == []
     assert docker("ps", "--all", "--quiet", f"--filter=name={stack.project}") == ""
-
-
-# --- Lesson 05 -----------------------------------------------------------------------------------
-
-
-def test_lesson_05_runs_in_containers_and_leaves_none(
-    gateway_image: str, embedded_image: str, tmp_path: Path
-) -> None:
-    """The images above are those that it builds, so its builds take theirs from the cache."""
-    names = ("GATEWAY", "GRPC", "REST", "SECOND_GRPC", "SECOND_REST", "PICTURES")
-    ports = {f"{name}_PORT": str(free_port()) for name in names}
-    executed, project = tmp_path / "executed.ipynb", f"lesson05-{ports['GATEWAY_PORT']}"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "papermill", "notebooks/05-docker-compose.ipynb", executed),
-            *("--kernel", "python3", "--no-progress-bar"),
-            *(word for item in ports.items() for word in ("-p", *item)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    try:
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert docker("ps", "--all", "--quiet", f"--filter=name={project}") == ""
-        assert docker("network", "ls", "--quiet", f"--filter=name={project}") == ""
-        printed = json.dumps(nbformat.read(executed, as_version=4), ensure_ascii=False)
-        for words in ("engine: docker – ", "prediction: dress ", " requests, 0 failed"):
-            assert words in printed
-    finally:
-        remove_containers(project)

@@ -1,4 +1,4 @@
-"""Check that this environment holds all that a lock names: `python installed.py Pipfile.lock`."""
+"""Check that this environment has every package of a lock: `python installed.py Pipfile.lock`."""
 
 import json
 import platform
@@ -10,10 +10,10 @@ from packaging.markers import Marker
 
 
 def missing(lock: dict[str, dict]) -> list[str]:
-    """Return a sentence for each package that is missing, or here in another version.
+    """Return a sentence for each package that is missing, or installed in another version.
 
-    Pipenv leaves out, without a word, what a marker says is not for this Python. Only what is for
-    another operating system may be left out.
+    Pipenv says nothing when it skips a package whose marker excludes this Python. Only packages
+    for another operating system may be skipped.
     """
     sentences = []
     for name, package in {**lock["default"], **lock.get("develop", {})}.items():

@@ -1,4 +1,7 @@
-"""Resolve both Pipfiles into locks for every platform, which name no index: `make lock`."""
+"""Lock the packages of both Pipfiles: `make lock`.
+
+A lock is for every platform and every Python that the README promises, and names no index.
+"""
 
 import json
 import os
@@ -9,12 +12,12 @@ from pathlib import Path
 
 from pipenv.vendor.packaging.markers import Marker
 
-# The first of each Python that the README promises: a lock must hold for their oldest releases.
+# The oldest release of each Python that the README promises.
 PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
 
 
 def lock(pipfile: Path) -> None:
-    """Write the lock beside a Pipfile, or end with a sentence that says what to change in it."""
+    """Write the lock beside a Pipfile; end with a sentence if the Pipfile has to change first."""
     environment = {"VIRTUAL_ENV": sys.prefix, "PIPENV_PIPFILE": str(pipfile.resolve())}
     subprocess.run(
         [sys.executable, "-m", "pipenv", "lock"], env={**os.environ, **environment}, check=True
@@ -34,7 +37,7 @@ def lock(pipfile: Path) -> None:
 
 
 def check(path: Path, name: str, package: dict) -> None:
-    """End with a sentence where a package has no hashes, or is not for every Python."""
+    """End with a sentence if a package has no hashes, or cannot be installed on every Python."""
     if not package.get("hashes"):
         sys.exit(f"{path} has no hashes for {name}: give its exact version in the Pipfile.")
     for python in PYTHONS:

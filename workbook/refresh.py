@@ -1,6 +1,7 @@
 """Execute lessons and write the outputs into their files: `python -m workbook.refresh 04 05`.
 
-A lesson's file keeps its cells; outputs and execution counts become those of one clean run.
+A lesson's file keeps its cells; outputs and execution counts become those of one clean run. The
+pages are in build/refresh/.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 
-from workbook.run import ROOT, end_on_signals, execute
+from workbook.run import ROOT, choose, end_on_signals, execute, lessons
 
 
 def refresh(notebook: Path, folder: Path) -> str:
@@ -30,12 +31,12 @@ def main() -> int:
     """Run the command line; 0 when every notebook ran to its end, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("lessons", nargs="+", metavar="NN", help="how their file names begin")
+    chosen = choose(parser.parse_args().lessons, lessons(ROOT / "notebooks"))
     end_on_signals()
-    for lesson in parser.parse_args().lessons:
-        for notebook in sorted((ROOT / "notebooks").glob(f"{lesson}*.ipynb")):
-            if error := refresh(notebook, ROOT / "build" / "refresh"):
-                print(f"{notebook.name} failed: {error}", file=sys.stderr)
-                return 1
+    for notebook in chosen:
+        if error := refresh(notebook, ROOT / "build" / "refresh"):
+            print(f"{notebook.name} failed: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -1,6 +1,6 @@
 """Run the model server and the gateway side by side until Ctrl-C: `make serve`.
 
-An argument names another base path than build/clothing-model.
+Its one argument is the folder of the model's versions, build/clothing-model if there is none.
 """
 
 import os
@@ -12,21 +12,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from workbook.run import MODEL, PORTS, ROOT, end_on_signals, execute, free_ports
+from workbook.run import MODEL, ROOT, end_on_signals, execute, free_ports, lessons
 
 LOGS = ROOT / "build" / "serve"
+PORTS = {"GRPC_PORT": 8500, "REST_PORT": 8501, "GATEWAY_PORT": 9696}
 
 
 class Ended(Exception):
-    """One of the servers has ended by itself, or never got ready."""
+    """A server has ended by itself, or was never ready."""
 
 
 @contextmanager
 def server(name: str, command: list[str], **env: str) -> Iterator[subprocess.Popen]:
-    """Run a server that logs to a file, and end it on leaving.
+    """Run a server that logs to a file, and end it when the block is left.
 
-    It is a process group of its own: Ctrl-C reaches this process only, which then ends the
-    gateway before the model server that it asks.
+    It has a process group of its own, so that Ctrl-C reaches only this process. This process then
+    ends the gateway first, and the model server, which the gateway asks, after it.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
     with (LOGS / f"{name}.log").open("wb") as log:
@@ -51,18 +52,18 @@ def server(name: str, command: list[str], **env: str) -> Iterator[subprocess.Pop
 
 
 def check_alive(servers: dict[str, subprocess.Popen]) -> None:
-    """Raise `Ended`, with the last line of its log, when one of the servers is no more."""
+    """Raise `Ended`, with the last line of its log, when one of the servers has ended."""
     for name, process in servers.items():
         if process.poll() is not None:
             lines = (LOGS / f"{name}.log").read_text(errors="replace").splitlines() or ["nothing"]
             raise Ended(
-                f"The {name} has ended with status {process.returncode}; its last words in"
-                f" {os.path.relpath(LOGS)}/{name}.log: {lines[-1].strip()}"
+                f"The {name} has ended with status {process.returncode}; the last line of"
+                f" {os.path.relpath(LOGS)}/{name}.log is: {lines[-1].strip()}"
             )
 
 
 def wait_until(servers: dict[str, subprocess.Popen], url: str, word: bytes = b"") -> None:
-    """Poll an address until it answers 200 with this word in it; `Ended` when it never does."""
+    """Poll an address until it answers 200 with this word; raise `Ended` after two minutes."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         check_alive(servers)
@@ -70,19 +71,19 @@ def wait_until(servers: dict[str, subprocess.Popen], url: str, word: bytes = b""
             if word in answer.read():
                 return
         time.sleep(0.1)
-    raise Ended(f"{url} was not ready within two minutes; {os.path.relpath(LOGS)}/ says more.")
+    raise Ended(
+        f"{url} was not ready within two minutes; see the logs in {os.path.relpath(LOGS)}/."
+    )
 
 
 def main() -> int:
-    """Serve until a signal comes; 0 then, 1 when a server ends by itself."""
+    """Serve until a signal comes, and return 0; return 1 when a server ends by itself."""
     end_on_signals()
     base_path = Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL.parent
     try:
         if base_path == MODEL.parent and not MODEL.is_dir():
             print("There is no build/clothing-model yet: notebook 01 makes it.", flush=True)
-            made = execute(
-                next((ROOT / "notebooks").glob("01-*.ipynb")), ROOT / "build" / "workbook"
-            )
+            made = execute(lessons(ROOT / "notebooks")[0], ROOT / "build" / "workbook")
             if made.error:
                 print(f"{made.notebook} failed: {made.error}", file=sys.stderr)
                 return 1
@@ -97,7 +98,7 @@ def main() -> int:
 
 
 def serve(base_path: Path) -> None:
-    """Start both servers, say where they are, and stay until one ends or a signal comes."""
+    """Start both servers, print their addresses, and wait until one ends or a signal comes."""
     ports = free_ports(PORTS)
     grpc, http = f"127.0.0.1:{ports['GRPC_PORT']}", f"http://127.0.0.1:{ports['GATEWAY_PORT']}"
     status = f"http://127.0.0.1:{ports['REST_PORT']}/v1/models/clothing-model"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes .tools/ (Pipenv) and .venv/ (what Pipfile.lock names), where they are missing or outdated.
-# `setup.sh tools` stops after the first; `setup.sh peers` makes build/peers-venv/ for `make bench`.
+# Makes .tools/ (Pipenv) and .venv/ (the packages of Pipfile.lock), where they are missing or old.
+# `setup.sh tools` makes .tools/ only. `setup.sh peers` makes build/peers-venv/ for `make bench`.
 set -eu
 cd "$(dirname "$0")/.."
 pipenv=2026.10.3
@@ -11,7 +11,7 @@ fail() {
   exit 1
 }
 
-explain() { # the cause of a failed installation, as far as its log tells
+explain() { # say why an installation failed, as far as its log tells
   if grep -qiE 'name resolution|name or service not known|nodename nor servname|connection (refused|reset)|connect timeout|network is unreachable|proxyerror|read timed out' "$log"; then
     fail "PyPI cannot be reached: connect this machine to the network and run make again (what pip said: $log)."
   elif grep -q 'No space left' "$log"; then
@@ -22,7 +22,7 @@ explain() { # the cause of a failed installation, as far as its log tells
   fail "The installation failed; $log says why."
 }
 
-find_python() { # the first Python that answers, is of a version that TensorFlow supports, and has venv
+find_python() { # print the first Python that runs, has venv, and is a version that TensorFlow supports
   for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
     "$candidate" -c '
 import ensurepip, sys, venv
@@ -35,7 +35,7 @@ print(sys.executable)' 2>/dev/null && return
 has_pipenv() { [ "$(.tools/bin/python -m pipenv --version 2>/dev/null)" = "pipenv, version $pipenv" ]; }
 is_current() { .venv/bin/python -c '' 2>/dev/null && cmp -s Pipfile.lock .venv/Pipfile.lock; }
 
-verify() { # that an environment holds all of a lock, before it is called current
+verify() { # check that an environment holds all of a lock; only then does it count as current
   said=$("$1/bin/python" workbook/installed.py "$2" 2>&1) || fail "$said"
   said=$("$1/bin/python" -m pip check 2>&1) || fail "The installed packages do not fit: $said."
   cp "$2" "$1/Pipfile.lock"
@@ -52,16 +52,16 @@ if ! has_pipenv; then
 fi
 
 if [ "${1:-}" = peers ] && ! cmp -s bench/Pipfile.lock build/peers-venv/Pipfile.lock; then
-  echo "installing what the gateway is compared with into build/peers-venv/ (log in $log)"
+  echo "installing the packages that make bench compares with into build/peers-venv/ (log in $log)"
   .venv/bin/python -m venv --clear build/peers-venv
   env -u PIPENV_IGNORE_VIRTUALENVS PIPENV_PIPFILE="$PWD/bench/Pipfile" \
     VIRTUAL_ENV="$PWD/build/peers-venv" .tools/bin/python -m pipenv sync >"$log" 2>&1 || explain
   verify build/peers-venv bench/Pipfile.lock
 elif [ "${1:-}" = "" ]; then
   .venv/bin/python -c '' 2>/dev/null || rm -rf .venv
-  echo "installing what Pipfile.lock names into .venv/ (about 2 minutes, log in $log)"
+  echo "installing the packages of Pipfile.lock into .venv/ (about 2 minutes, log in $log)"
   .tools/bin/python -m pipenv --python "$PWD/.tools/bin/python" sync --dev >"$log" 2>&1 || explain
-  # What libraries log past Python goes to the terminal, not into a lesson.
+  # What a library logs from C++ goes to the terminal, not into a lesson.
   mkdir -p .venv/etc/ipython
   echo 'c.IPKernelApp.capture_fd_output = False' >.venv/etc/ipython/ipython_kernel_config.py
   verify .venv Pipfile.lock
