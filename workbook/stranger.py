@@ -1,4 +1,4 @@
-"""What lesson 04 and its bonus attack a gateway with: a stranger's web server, and eyes for what happens."""
+"""What lesson 04 and its bonus attack a gateway with: a stranger's web server, and measures."""
 
 import gzip
 import io
