@@ -81,7 +81,11 @@ def told(answer: requests.Response | None) -> str:
     if answer is None:
         return "no answer"
     body = answer.json() if "json" in answer.headers["Content-Type"] else {}
-    said = body.get("detail") or body.get("top_class") or max(body, key=body.get, default="")
+    said = (
+        body.get("detail")
+        or body.get("top_class")
+        or max(body, key=lambda name: body[name], default="")
+    )
     return f"{answer.status_code} {said}"[:70]
 
 
