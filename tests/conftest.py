@@ -396,10 +396,11 @@ def export(base_path: Path, **parameters: object) -> Path:
     """Run lesson 01 with these parameters; return ``base_path``, which then holds version 1."""
     import papermill
 
+    ports = {"GRPC_PORT": free_port(), "REST_PORT": free_port()}
     papermill.execute_notebook(
         ROOT / "notebooks/01-saved-model.ipynb",
         base_path.parent / "01-saved-model.ipynb",
-        parameters={"EXPORT_DIR": str(base_path), **parameters},
+        parameters={"EXPORT_DIR": str(base_path), **ports, **parameters},
         cwd=ROOT,
         kernel_name="python3",
         progress_bar=False,

@@ -7,15 +7,16 @@ writes ``notebooks/figures/cluster.svg``.
 
 from workbook.draw_system import FIGURES, INK, MARK, MARKED, PAPER, QUIET
 
-WIDTH, HEIGHT = 1020, 436
+WIDTH, HEIGHT = 460, 732
+SMALL = 15
 
 
 def box(x: int, y: int, width: int, title: str, line: str = "", marked: bool = False) -> str:
     """A rounded rectangle with its centre at x, y: a title and perhaps a line below."""
-    height = 52 if line else 34
+    height = 56 if line else 36
     fill, stroke, weight = (MARKED, MARK, 3) if marked else ("#f3f4f6", "#9ca3af", 1.5)
-    text = f'<text x="{x}" y="{y + (-3 if line else 5)}" font-weight="600">{title}</text>'
-    text += f'<text x="{x}" y="{y + 16}" font-size="13" fill="{QUIET}">{line}</text>'
+    text = f'<text x="{x}" y="{y + (-4 if line else 6)}" font-weight="600">{title}</text>'
+    text += f'<text x="{x}" y="{y + 17}" font-size="{SMALL}" fill="{INK}">{line}</text>'
     return (
         f'<rect x="{x - width / 2}" y="{y - height / 2}" width="{width}" height="{height}" '
         f'rx="9" fill="{fill}" stroke="{stroke}" stroke-width="{weight}"/>{text}'
@@ -28,7 +29,7 @@ def frame(x: int, y: int, width: int, height: int, title: str, marked: bool = Fa
     style = style or f'stroke="{QUIET}" stroke-dasharray="5 4"'
     return (
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="10" fill="none" {style}/>'
-        f'<text x="{x + 12}" y="{y + 20}" font-size="13" text-anchor="start" fill="{color}">'
+        f'<text x="{x + 12}" y="{y + 21}" font-size="{SMALL}" text-anchor="start" fill="{color}">'
         f"{title}</text>"
     )
 
@@ -39,7 +40,7 @@ def arrow(points: str, label: str = "", at: tuple[int, int] = (0, 0), marked: bo
     return (
         f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{weight}" '
         f'marker-end="url(#{kind})"/>'
-        f'<text x="{at[0]}" y="{at[1]}" font-size="13" fill="{color}">{label}</text>'
+        f'<text x="{at[0]}" y="{at[1]}" font-size="{SMALL}" fill="{color}">{label}</text>'
     )
 
 
@@ -53,39 +54,40 @@ def head(kind: str, color: str) -> str:
 
 
 def cluster() -> str:
-    """The whole picture as SVG."""
+    """The whole picture as SVG, from kubectl at the top to the clients at the bottom."""
     parts = [
-        frame(196, 12, 812, 104, "control plane: keeps what shall be, and works towards it"),
-        box(284, 74, 150, "API server", "the only door"),
-        box(470, 74, 130, "etcd", "what shall be"),
-        box(670, 74, 170, "controllers", "make and replace pods"),
-        box(896, 74, 190, "scheduler", "gives a pod its node"),
-        arrow("124,74 206,74", "HTTPS", (160, 66)),
-        box(66, 74, 108, "kubectl", "you"),
-        frame(504, 150, 240, 274, "node"),
-        frame(764, 150, 244, 274, "node"),
-        arrow("284,102 284,132 754,132 754,380 728,380"),
-        arrow("754,380 780,380"),
-        frame(516, 186, 480, 148, "Deployment: three such pods", marked=True),
-        box(576, 260, 96, "pod", "container", marked=True),
-        box(686, 260, 96, "pod", "container", marked=True),
-        box(886, 260, 96, "pod", "container", marked=True),
-        box(624, 380, 200, "kubelet", "runs pods, probes them"),
-        box(886, 380, 204, "kubelet", "runs pods, probes them"),
-        box(374, 186, 184, "autoscaler (HPA)", "more pods, fewer pods"),
-        arrow("468,186 490,186 490,206 512,206"),
-        box(66, 290, 108, "clients", "browsers"),
-        arrow("124,290 152,290"),
-        box(232, 290, 152, "HTTPRoute", "by host and path"),
-        arrow("310,290 330,290"),
-        box(394, 290, 122, "Service", "one name for all", marked=True),
-        arrow("457,290 490,290 490,312 886,312 886,291", marked=True),
-        arrow("576,312 576,291", marked=True),
-        arrow("686,312 686,291", marked=True),
+        box(110, 36, 160, "kubectl", "you"),
+        arrow("110,64 110,118", "HTTPS", (142, 86)),
+        frame(8, 94, 444, 182, ""),
+        '<text x="440" y="115" font-size="15" text-anchor="end">control plane</text>',
+        box(200, 150, 360, "API server", "everybody talks to it"),
+        box(78, 238, 124, "etcd", "what you want"),
+        box(214, 238, 128, "controllers", "make pods"),
+        box(352, 238, 128, "scheduler", "picks a node"),
+        frame(8, 318, 276, 228, "node"),
+        frame(296, 318, 156, 228, "node"),
+        arrow("383,150 436,150 436,298 374,298 374,346"),
+        arrow("374,298 146,298 146,346"),
+        box(146, 378, 224, "kubelet", "runs pods, probes them"),
+        box(374, 378, 132, "kubelet", "the same"),
+        frame(20, 416, 420, 104, "Deployment: three such pods", marked=True),
+        box(84, 478, 108, "pod", "container", marked=True),
+        box(206, 478, 108, "pod", "container", marked=True),
+        box(374, 478, 108, "pod", "container", marked=True),
+        box(112, 606, 204, "autoscaler (HPA)", "more or fewer pods"),
+        arrow("46,577 46,524"),
+        box(348, 606, 196, "Service", "one name for all", marked=True),
+        arrow("374,577 374,510", marked=True),
+        arrow("374,562 206,562 206,510", marked=True),
+        arrow("206,562 84,562 84,510", marked=True),
+        box(112, 692, 204, "clients", "browsers, for example"),
+        arrow("217,692 246,692"),
+        box(348, 692, 196, "HTTPRoute", "by host and path"),
+        arrow("348,663 348,637"),
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" font-family="system-ui, sans-serif" font-size="16" fill="{INK}" '
+        f'height="{HEIGHT}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
         f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="{PAPER}"/>' + "".join(parts)
     ) + "</svg>\n"

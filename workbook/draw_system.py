@@ -1,30 +1,31 @@
 """Draw the picture of the system, once plain and once for each lesson with its part marked.
 
-    .venv/bin/python workbook/draw_system.py
+    .venv/bin/python -m workbook.draw_system
 
-writes ``system.svg`` and ``01.svg`` … to ``notebooks/figures/``.
+writes ``system.svg`` and ``01.svg`` … to ``notebooks/figures/``. A phone shows a picture no wider
+than about 300 pixels, so the system stands in two columns and its text is large.
 """
 
 from pathlib import Path
 
 FIGURES = Path(__file__).resolve().parents[1] / "notebooks/figures"
-# Centre x, width, title, second line, third line.
+# Centre x, row from the top, width, title, second line.
 BOXES = {
-    "browser": (75, 110, "browser", "or curl", ""),
-    "gateway": (290, 150, "gateway", "Flask, NumPy", "CPU"),
-    "server": (530, 150, "model server", "TF Serving API", "CPU or GPU"),
-    "saved_model": (733, 130, "SavedModel", "clothing-model/1", ""),
-    "keras": (940, 124, "Keras model", ".keras file", ""),
+    "browser": (75, 0, 134, "browser", "or curl"),
+    "gateway": (322, 0, 180, "gateway", "Flask, on CPU"),
+    "server": (322, 1, 180, "model server", "on CPU or GPU"),
+    "saved_model": (322, 2, 180, "SavedModel", "clothing-model/1"),
+    "keras": (75, 2, 134, "Keras model", ".keras file"),
 }
-# From, to, label above, label below.
+# From, to, what is said there: on a level arrow above and below it, beside a falling one.
 ARROWS = {
-    "http": ("browser", "gateway", "HTTP", "9696"),
-    "grpc": ("gateway", "server", "gRPC", "8500"),
-    "load": ("server", "saved_model", "loads", ""),
-    "export": ("keras", "saved_model", "exports", ""),
+    "http": ("browser", "gateway", ["HTTP", "9696"]),
+    "grpc": ("gateway", "server", ["gRPC 8500"]),
+    "load": ("server", "saved_model", ["loads"]),
+    "export": ("keras", "saved_model", ["exports"]),
 }
-# What is marked in a lesson's picture, and what is drawn around boxes, from the inside to the
-# outside: a frame's title, and whom it holds. Frames that share a box lie inside one another.
+# What is marked in a lesson's picture, and the frames around its boxes, inner ones first: a title
+# and the boxes inside. A frame that shares a box with an earlier one goes around it.
 Frame = tuple[str, list[str]]
 LESSONS: dict[str, tuple[list[str], list[Frame]]] = {
     "system": ([], []),
@@ -57,52 +58,57 @@ LESSONS: dict[str, tuple[list[str], list[Frame]]] = {
         ],
     ),
 }
-TOP, HEIGHT = 34, 84
+WIDTH, HEIGHT = 434, 66
+ROWS = (14, 168, 288)  # where the boxes of each row begin
+TITLE, TEXT = 18, 16
 INK, QUIET, PAPER, MARK, MARKED = "#1f2937", "#6b7280", "#ffffff", "#c2410c", "#ffedd5"
 
 
 def box(name: str, marked: bool) -> str:
-    """One part of the system: a rounded rectangle with its title and two lines below."""
-    x, width, title, *lines = BOXES[name]
+    """One part of the system: a rounded rectangle with its title and a line below."""
+    x, row, width, title, line = BOXES[name]
     fill, stroke, weight = (MARKED, MARK, 3) if marked else ("#f3f4f6", "#9ca3af", 1.5)
-    rows = [line for line in lines if line]
-    first = TOP + HEIGHT / 2 + 5 - 9 * len(rows)
-    text = f'<text x="{x}" y="{first}" font-weight="600" fill="{INK}">{title}</text>'
-    for number, row in enumerate(rows, 1):
-        y = first + 19 * number
-        text += f'<text x="{x}" y="{y}" font-size="13" fill="{QUIET}">{row}</text>'
     return (
-        f'<rect x="{x - width / 2}" y="{TOP}" width="{width}" height="{HEIGHT}" rx="10" '
-        f'fill="{fill}" stroke="{stroke}" stroke-width="{weight}"/>{text}'
+        f'<rect x="{x - width / 2}" y="{ROWS[row]}" width="{width}" height="{HEIGHT}" rx="10" '
+        f'fill="{fill}" stroke="{stroke}" stroke-width="{weight}"/>'
+        f'<text x="{x}" y="{ROWS[row] + 28}" font-size="{TITLE}" font-weight="600" fill="{INK}">'
+        f'{title}</text><text x="{x}" y="{ROWS[row] + 50}" fill="{INK}">{line}</text>'
     )
 
 
 def arrow(name: str, marked: bool) -> str:
-    """A connection between two boxes, its protocol above and its port below."""
-    source, target, above, below = ARROWS[name]
-    (x1, w1, *_), (x2, w2, *_) = BOXES[source], BOXES[target]
-    way = 1 if x2 > x1 else -1
-    start, end, y = x1 + way * (w1 / 2 + 3), x2 - way * (w2 / 2 + 4), TOP + HEIGHT / 2
+    """A connection between two boxes: level within a row, falling from one row to the next."""
+    source, target, labels = ARROWS[name]
+    (x1, row1, w1, *_), (x2, row2, w2, *_) = BOXES[source], BOXES[target]
     color, weight = (MARK, 3) if marked else (QUIET, 1.5)
-    middle, tip = (start + end) / 2, end - way * 9
+    if row1 == row2:
+        start, end, y = x1 + w1 / 2 + 3, x2 - w2 / 2 - 4, ROWS[row1] + HEIGHT / 2
+        line, tip = f"M{start} {y}H{end - 9}", f"M{end} {y}L{end - 9} {y - 5}V{y + 5}Z"
+        places = [((start + end) / 2, y - 10, "middle"), ((start + end) / 2, y + 24, "middle")]
+    else:
+        start, end = ROWS[row1] + HEIGHT + 3, ROWS[row2] - 4
+        line, tip = f"M{x1} {start}V{end - 9}", f"M{x1} {end}L{x1 - 5} {end - 9}H{x1 + 5}Z"
+        places = [(x1 + 10, (start + end) / 2 + 2, "start")]
+    words = [
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{color}">{label}</text>'
+        for label, (x, y, anchor) in zip(labels, places, strict=False)
+    ]
     return (
-        f'<path d="M{start} {y}H{tip}" stroke="{color}" stroke-width="{weight}"/>'
-        f'<path d="M{end} {y}L{tip} {y - 5}V{y + 5}Z" fill="{color}"/>'
-        f'<text x="{middle}" y="{y - 10}" font-size="13" fill="{color}">{above}</text>'
-        f'<text x="{middle}" y="{y + 22}" font-size="13" fill="{color}">{below}</text>'
+        f'<path d="{line}" stroke="{color}" stroke-width="{weight}"/>'
+        f'<path d="{tip}" fill="{color}"/>' + "".join(words)
     )
 
 
 def frame(title: str, names: list[str], level: int) -> str:
     """A dashed line around some boxes, its title on top; level 1 is the closest to them."""
-    left = min(BOXES[name][0] - BOXES[name][1] / 2 for name in names) - 7 * level
-    right = max(BOXES[name][0] + BOXES[name][1] / 2 for name in names) + 7 * level
-    top, height = TOP - 26 * level, HEIGHT + (26 + 7) * level
+    left = min(BOXES[name][0] - BOXES[name][2] / 2 for name in names) - 7 * level
+    right = max(BOXES[name][0] + BOXES[name][2] / 2 for name in names) + 7 * level
+    rows = [ROWS[BOXES[name][1]] for name in names]
+    top, bottom = min(rows) - 28 * level, max(rows) + HEIGHT + 7 * level
     return (
-        f'<rect x="{left}" y="{top}" width="{right - left}" height="{height}" rx="12" '
+        f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" rx="12" '
         f'fill="none" stroke="{MARK}" stroke-width="1.5" stroke-dasharray="6 4"/>'
-        f'<text x="{left + 12}" y="{top + 18}" font-size="13" text-anchor="start" '
-        f'fill="{MARK}">{title}</text>'
+        f'<text x="{left + 12}" y="{top + 20}" text-anchor="start" fill="{MARK}">{title}</text>'
     )
 
 
@@ -117,13 +123,12 @@ def system(lesson: tuple[list[str], list[Frame]]) -> str:
         levels |= dict.fromkeys(names, level)
         parts.append(frame(title, names, level))
     outermost = max(levels.values())
-    above, below = 26 * max(outermost - 1, 0), 7 * max(outermost - 3, 0)
-    height = 152 + above + below
+    top, bottom = -28 * outermost, ROWS[-1] + HEIGHT + 14 + 7 * outermost
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-above} 1020 {height}" width="1020" '
-        f'height="{height}" font-family="system-ui, sans-serif" font-size="16" '
-        f'text-anchor="middle"><rect y="{-above}" width="1020" height="{height}" rx="8" '
-        f'fill="{PAPER}"/>' + "".join(parts) + "</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {WIDTH} {bottom - top}" '
+        f'width="{WIDTH}" height="{bottom - top}" font-family="system-ui, sans-serif" '
+        f'font-size="{TEXT}" text-anchor="middle"><rect y="{top}" width="{WIDTH}" '
+        f'height="{bottom - top}" rx="8" fill="{PAPER}"/>' + "".join(parts) + "</svg>\n"
     )
 
 

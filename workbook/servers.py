@@ -1,15 +1,22 @@
 """Servers that a lesson's cells start: a cell that runs again replaces what it started before."""
 
 import atexit
+import os
 import socket
 import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
+from tqdm import tqdm
 
 running: dict[str, subprocess.Popen] = {}
+logs: dict[str, Path] = {}
 
 
 def start(
@@ -31,7 +38,34 @@ def start(
     require_free_ports(*ports)
     # A group of its own: interrupting a cell interrupts the kernel's group, not the server.
     running[name] = subprocess.Popen(command, process_group=0, **options)
+    logs[name] = Path(getattr(options.get("stdout"), "name", os.devnull))
     return running[name]
+
+
+def wait_for(url: str, name: str = "", seconds: float = 180) -> None:
+    """Poll an address until it answers 200, with a clock that shows how long that takes.
+
+    Args:
+        url: where to ask.
+        name: the server, as `start` knows it; its end also ends the waiting.
+        seconds: how long to wait at most.
+
+    Raises:
+        RuntimeError: The server has ended; the sentence holds the last lines of its log.
+        TimeoutError: The address did not answer in time.
+    """
+    deadline = time.monotonic() + seconds
+    clock = f"waiting for {url}: {{elapsed}}"
+    with tqdm(bar_format=clock, file=sys.stdout) as bar:
+        while time.monotonic() < deadline:
+            with suppress(OSError), urllib.request.urlopen(url, timeout=5):
+                return
+            if name in running and running[name].poll() is not None:
+                said = logs[name].read_text(errors="replace")[-500:]
+                raise RuntimeError(f"The {name} has ended. Its last words: {said}")
+            time.sleep(0.1)
+            bar.update()
+    raise TimeoutError(f"{url} did not answer within {seconds:.0f} seconds.")
 
 
 def stop(*names: str) -> None:
