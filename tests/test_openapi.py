@@ -92,7 +92,7 @@ def test_numbers_and_names_are_those_of_the_code():
 
 
 def test_every_cause_is_described():
-    files = ("gateway.py", "pictures.py", "web.py")
+    files = ("gateway.py", "links.py", "pictures.py", "web.py")
     sources = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in files)
     raised = re.findall(r'Problem\((\d{3}), "([a-z-]+)"', sources)
     assert len(raised) > 10
