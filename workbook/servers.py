@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -105,3 +105,20 @@ def is_busy(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
         return True
     return False
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
+    """Wait until something is true, with a clock that shows how long; TimeoutError if it stays so.
+
+    Args:
+        condition: what is asked five times a second.
+        what: the same in words, for the clock.
+        seconds: how long to wait at most.
+    """
+    deadline = time.monotonic() + seconds
+    with tqdm(bar_format=f"until {what}: {{elapsed}}", file=sys.stdout) as clock:
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"It took more than {seconds:g} s until {what}.")
+            time.sleep(0.2)
+            clock.update()
