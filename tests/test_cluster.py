@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, free_port
+from helpers.basics import ROOT, free_port
 
 from workbook import cluster
 

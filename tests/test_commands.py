@@ -20,7 +20,7 @@ import psutil
 import pytest
 import requests
 import yaml
-from conftest import ROOT, free_port
+from helpers.basics import ROOT, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
 
@@ -484,29 +484,33 @@ def test_a_container_s_command_is_read_from_its_dockerfile() -> None:
         engine.command_of("gateway.dockerfile", {"=1": "=2"})
 
 
-def test_processes_run_in_place_of_containers_only(tmp_path: Path) -> None:
-    wait = f"{sys.executable} -c 'import os, time; print(os.environ[\"NAME\"]); time.sleep(600)'"
-    with (tmp_path / "log").open("w") as log:
-        processes = engine.Processes("embedded", log)
-        engine.Processes("docker", log).run("a", wait)
-        for count, name in enumerate(("first", "second"), 1):
-            processes.run("a", wait, {"NAME": name, "PYTHONUNBUFFERED": "1", "OTHER": None})
-            while (tmp_path / "log").read_text().count("\n") < count:
-                assert servers.running["a"].poll() is None
-        process = servers.running["a"]
-        processes.end("a")
-        assert process.returncode == -signal.SIGTERM and "a" not in servers.running
-    assert (tmp_path / "log").read_text() == "first\nsecond\n"
+def test_a_server_that_starts_again_replaces_itself_and_waits_for_a_free_port() -> None:
+    port, other = free_port(), free_port()
+    listen = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1"]
+    try:
+        first = servers.start("a", [*listen, str(port)], [port], stderr=subprocess.DEVNULL)
+        servers.wait_for(f"http://127.0.0.1:{port}/", "a")
+        with pytest.raises(
+            RuntimeError, match=rf"^Port {port} is in use by \S+, pid {first.pid}: "
+        ):
+            servers.start("b", [*listen, str(port)], [port])
+        second = servers.start("a", [*listen, str(port)], [port], stderr=subprocess.DEVNULL)
+        assert first.returncode == -signal.SIGTERM and second.poll() is None
+        dead = servers.start("b", [*listen, "no number"], [other], stderr=subprocess.DEVNULL)
+        with pytest.raises(RuntimeError, match="The b has ended"):
+            servers.wait_for(f"http://127.0.0.1:{other}/", "b")
+    finally:
+        servers.stop("a", "b")
+    assert second.returncode == -signal.SIGTERM and dead.returncode
+    assert not {"a", "b"} & servers.running.keys() and not servers.is_busy(port)
 
 
-def test_a_shell_runs_commands_where_there_is_an_engine(capfd: pytest.CaptureFixture[str]) -> None:
-    engine.Shell("embedded")("exit 1")
-    assert capfd.readouterr().out == ""
-    engine.Shell("docker")("echo one && echo two >&2")
+def test_a_command_is_shown_with_what_it_prints(capfd: pytest.CaptureFixture[str]) -> None:
+    engine.run("echo one && echo two >&2")
     assert capfd.readouterr().out == "$ echo one && echo two >&2\none\ntwo\n"
     with pytest.raises(RuntimeError, match=r"^This failed, see above: false \| cat$"):
-        engine.Shell("docker")("false | cat")
-    engine.Shell("docker")("printf %0200d 0")
+        engine.run("false | cat")
+    engine.run("printf %0200d 0", width=100)
     assert capfd.readouterr().out.splitlines()[-1] == "0" * 100
     engine.run("exit 3", check=False)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
-from conftest import ROOT, SAMPLES
+from helpers.basics import ROOT, SAMPLES
 
 MONITORING = ROOT / "monitoring"
 DASHBOARD = json.loads((MONITORING / "dashboards/clothing.json").read_text())

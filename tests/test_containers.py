@@ -22,8 +22,8 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import CLASSES, ROOT, SAMPLES, encode, eventually, free_port
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from helpers.basics import CLASSES, ROOT, SAMPLES, eventually, free_port
 from helpers.containers import (
     DOCKERFILES,
     EMBEDDED,
@@ -40,6 +40,7 @@ from helpers.containers import (
     stop,
     wait_for,
 )
+from helpers.images import encode
 from helpers.manifests import docker_options, environment, of_kind, render
 from PIL import Image
 from test_compose import compose
@@ -120,7 +121,6 @@ def test_both_images_serve_as_confined_as_their_manifests_say(
     publish = f"--publish=127.0.0.1:{port}:9696"
     alias = f"--network-alias={variables['TF_SERVING_HOST'].split('/')[-1].split(':')[0]}"
     on_net = [f"--network={network}", alias, *options["model-server"]]
-    beside = [f"--network={network}", publish, *env]
     with (
         container(*on_net, embedded_image) as server,
         container(
@@ -537,15 +537,7 @@ def test_no_upload_is_lost_where_too_many_come_at_a_time(stack: Stack) -> None:
 
 
 def test_two_model_servers_share_the_work_and_one_may_fall(stack: Stack) -> None:
-    import time
-
-    T0 = time.time()
     stack.run("up", "--detach", "--no-build", "--wait", "--scale=model-server=2")
-    import time
-
-    T = time.time()
-    print("LAP up", T - T0)
-    L = lambda w: print("LAP", w, round(time.time() - T, 1))
     names = [each["Name"] for each in stack.containers("model-server")]
     assert len(names) == 2
     picture = SAMPLES[0].read_bytes()
@@ -559,14 +551,12 @@ def test_two_model_servers_share_the_work_and_one_may_fall(stack: Stack) -> None
 
     # The gateway looks the name up again when a connection has reached its greatest age.
     eventually(second_is_asked, "the second model server gets requests", seconds=90)
-    L("second asked")
     before = counts()
     for _ in range(60):
         assert classify(stack.url, picture).ok
     shares = [now - then for now, then in zip(counts(), before, strict=True)]
     assert sum(shares) == 60 and min(shares) >= 20
 
-    L("60 asked")
     statuses: list[int] = []
     done = threading.Event()
 
@@ -583,10 +573,8 @@ def test_two_model_servers_share_the_work_and_one_may_fall(stack: Stack) -> None
             eventually(lambda: len(statuses) > 20, "answers come")
             crash = ["docker", "exec", names[0], "bash", "-c", "kill -9 -1"]
             subprocess.run(crash, capture_output=True, timeout=60)
-            L("crashed")
             asked = len(statuses)
             eventually(lambda: restarts() == "1 healthy", "it is started again", seconds=120)
-            L("healthy")
             assert len(statuses) > asked
         finally:
             done.set()

@@ -12,7 +12,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
+from helpers.basics import ROOT
 
 from eks import cost, images, publish
 from eks.account import Cluster, Problem

@@ -25,7 +25,7 @@ import boto3
 import pytest
 import requests
 import yaml
-from conftest import ROOT, eventually, free_port
+from helpers.basics import ROOT, eventually, free_port
 from moto.server import ThreadedMotoServer
 from test_eks import kustomize, named
 

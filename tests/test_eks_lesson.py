@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, copy_of_root, processes_with
+from helpers.basics import ROOT, copy_of_root, processes_with
 
 from eks.simulated import SimulatedAccount
 from workbook import cloud

@@ -18,18 +18,9 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from conftest import (
-    CLASSES,
-    ROOT,
-    TURNS,
-    Server,
-    WebHost,
-    encode,
-    free_port,
-    serve,
-    turned,
-    wait_until_ready,
-)
+from helpers.basics import CLASSES, ROOT, free_port
+from helpers.images import TURNS, encode, turned
+from helpers.servers import Server, WebHost, serve, wait_until_ready
 from keras_image_helper import create_preprocessor
 from PIL import Image, ImageDraw, ImageOps
 

@@ -29,17 +29,9 @@ import psutil
 import pytest
 import requests
 import yaml
-from conftest import (
-    ROOT,
-    Server,
-    WebHost,
-    encode,
-    eventually,
-    free_port,
-    serve,
-    wait_until_available,
-    wait_until_ready,
-)
+from helpers.basics import ROOT, eventually, free_port
+from helpers.images import encode
+from helpers.servers import Server, WebHost, serve, wait_until_available, wait_until_ready
 from keras_image_helper import create_preprocessor
 from PIL import Image
 from tensorflow_serving.apis import (

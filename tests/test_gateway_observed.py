@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ROOT, Server, WebHost, serve
+from helpers.basics import ROOT
+from helpers.servers import Server, WebHost, serve
 from prometheus_client.parser import text_string_to_metric_families
 
 SAMPLE = (ROOT / "notebooks/samples/dress.png").read_bytes()

@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 import psutil
 import pytest
-from conftest import Server, eventually
+from helpers.basics import eventually
+from helpers.servers import Server
 from hostile.internet import (
     LESSON_ADDRESS,
     LESSON_PORT,

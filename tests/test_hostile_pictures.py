@@ -18,7 +18,9 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from conftest import ROOT, Server, encode, turned
+from helpers.basics import ROOT
+from helpers.images import encode, turned
+from helpers.servers import Server
 from PIL import Image, ImageCms, ImageOps
 
 from bench.measure import memory_settings

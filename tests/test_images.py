@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.basics import ROOT
 from helpers.containers import DOCKERFILES, EMBEDDED, SERVING, instructions
 
 from workbook import engine

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, eventually, free_port
+from helpers.basics import ROOT, eventually, free_port
 from helpers.manifests import KUBE, run_kustomize
 
 from workbook import servers

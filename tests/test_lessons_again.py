@@ -13,12 +13,12 @@ from typing import NamedTuple
 import nbformat
 import psutil
 import pytest
-from conftest import ROOT, eventually, free_port, processes_with
+from helpers.basics import ROOT, eventually, free_port, processes_with
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from workbook import servers
-from workbook.run import PORTS
+from workbook.run import ports_of
 
 
 class Lesson(NamedTuple):
@@ -126,8 +126,10 @@ def reading(name: str, folder: Path, model: Path) -> Iterator[Reader]:
     """
     (path,) = (ROOT / "notebooks").glob(f"{name}*.ipynb")
     notebook = nbformat.read(path, as_version=4)
-    values = {"EXPORT_DIR": str(shutil.copytree(model, folder / "clothing-model"))}
-    values |= {"WORKBOOK_ENGINE": "embedded", **{port: free_port() for port in PORTS}}
+    values: dict[str, object] = {
+        "EXPORT_DIR": str(shutil.copytree(model, folder / "clothing-model"))
+    }
+    values |= {"WORKBOOK_ENGINE": "embedded", **{port: free_port() for port in ports_of(path)}}
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source += "".join(f"\n{key} = {value!r}" for key, value in values.items())

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import Client, Server
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.manifests import (
     clothes,
@@ -17,6 +16,8 @@ from helpers.manifests import (
     probes,
     render,
 )
+from helpers.servers import Server
+from helpers.serving import Client
 
 import gateway
 

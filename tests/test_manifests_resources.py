@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import gunicorn.config
 import pytest
-from conftest import ROOT
+from helpers.basics import ROOT
 from helpers.containers import SERVING, instructions
 from helpers.manifests import (
     CLOTHES,

@@ -10,7 +10,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
+from helpers.basics import ROOT
 from helpers.containers import EMBEDDED, instructions
 from helpers.manifests import (
     CLOTHES,

@@ -17,7 +17,10 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, ROOT, SAMPLES, Client, Server, export
+from conftest import export
+from helpers.basics import CLASSES, ROOT, SAMPLES
+from helpers.servers import Server
+from helpers.serving import Client
 from keras_image_helper import create_preprocessor
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel

@@ -11,7 +11,9 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, Client, Server, predict_request, refused
+from helpers.basics import ROOT
+from helpers.servers import Server
+from helpers.serving import Client, predict_request, refused
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,

@@ -20,10 +20,12 @@ import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
-from conftest import ROOT, Client, Server, eventually, refused
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from helpers.basics import ROOT, eventually
 from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_up_request
 from helpers.model_server import ask, run_main, run_process, write_warm_up
+from helpers.servers import Server
+from helpers.serving import Client, refused
 from tensorflow_serving.apis import model_management_pb2
 
 from model_server.server import ModelServer

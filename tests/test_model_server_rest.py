@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Server
 from helpers.model_server import ask
+from helpers.servers import Server
 
 
 def export_shop(path: Path) -> None:

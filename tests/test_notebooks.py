@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from helpers.basics import ROOT
 
 from workbook.run import lessons
 

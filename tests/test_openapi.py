@@ -10,7 +10,8 @@ from pathlib import Path
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import schemathesis
-from conftest import CLASSES, ROOT, SAMPLES, Server
+from helpers.basics import CLASSES, ROOT, SAMPLES
+from helpers.servers import Server
 from hostile.namespace import Namespace
 from schemathesis.core.result import Ok
 

@@ -10,7 +10,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from helpers.basics import ROOT, free_port
 from helpers.containers import (
     HARDENED,
     build,

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 import yaml
-from conftest import ROOT, SAMPLES, eventually
+from helpers.basics import ROOT, SAMPLES, eventually
 from helpers.manifests import KUBE, run_kustomize
 
 from workbook import manifests, pods

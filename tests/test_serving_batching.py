@@ -15,8 +15,10 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Addresses, Client, eventually, predict_request, refused
+from helpers.basics import eventually
 from helpers.model_server import ask, run_main, serving
+from helpers.servers import Addresses
+from helpers.serving import Client, predict_request, refused
 
 Code = grpc.StatusCode
 Predict = Callable[[Any], Any]

@@ -14,9 +14,11 @@ import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
-from conftest import Addresses, Server, eventually, refused
 from google.protobuf import text_format
+from helpers.basics import eventually
 from helpers.model_server import ask, run_main, serving
+from helpers.servers import Addresses, Server
+from helpers.serving import refused
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,

@@ -12,9 +12,10 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Addresses, Client, Server, predict_request, refused
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.model_server import ask, log_record, serving, write_warm_up
+from helpers.servers import Addresses, Server
+from helpers.serving import Client, predict_request, refused
 from tensorflow_serving.apis import (
     classification_pb2,
     inference_pb2,

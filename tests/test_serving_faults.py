@@ -18,9 +18,11 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Client, Server, eventually, free_port, refused, wait_until_available
+from helpers.basics import eventually, free_port
 from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_up_request
 from helpers.model_server import ask
+from helpers.servers import Server, wait_until_available
+from helpers.serving import Client, refused
 
 Code = grpc.StatusCode
 

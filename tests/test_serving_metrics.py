@@ -11,8 +11,10 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Addresses, Client, Server, free_port, predict_request
+from helpers.basics import free_port
 from helpers.model_server import ask, log_record, run_main, serving, write_warm_up
+from helpers.servers import Addresses, Server
+from helpers.serving import Client, predict_request
 from prometheus_client.parser import text_string_to_metric_families
 
 PATH = "/monitoring/prometheus/metrics"

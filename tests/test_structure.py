@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.basics import ROOT
 
 # The files of each part. The product must run without the workbook beside it.
 PRODUCT = {

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import requests
 from axe_playwright_python.sync_playwright import Axe
-from conftest import CLASSES, ROOT, Server, WebHost, encode, free_port, serve
+from helpers.basics import CLASSES, ROOT, free_port
+from helpers.images import encode
+from helpers.servers import Server, WebHost, serve
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, Route, expect, sync_playwright
 

@@ -5,13 +5,8 @@ import os
 import shlex
 import shutil
 import subprocess
-import time
-import urllib.request
-from contextlib import suppress
 from threading import Timer
-from typing import TextIO
 
-from workbook import servers
 from workbook.manifests import read_image
 
 SERVING_IMAGE = "tensorflow/serving:2.20.0"
@@ -92,16 +87,6 @@ def docker(*arguments: str) -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
-def wait_for(url: str, seconds: float = 180) -> None:
-    """Poll an address until it answers 200, and print how long that took; or TimeoutError."""
-    start = time.monotonic()
-    while time.monotonic() < start + seconds:
-        with suppress(OSError), urllib.request.urlopen(url, timeout=5):
-            return print(f"{url} answers after {time.monotonic() - start:.1f} s")
-        time.sleep(0.1)
-    raise TimeoutError(f"{url} was not ready within {seconds:.0f} s")
-
-
 def run(command: str, check: bool = True, width: int | None = None) -> None:
     """Run a command; print it, and what it prints, line by line, cut to a width if there is one.
 
@@ -120,39 +105,6 @@ def run(command: str, check: bool = True, width: int | None = None) -> None:
             print(line.rstrip("\n")[:width], flush=True)
     if check and process.returncode:
         raise RuntimeError(f"This failed, see above: {command}")
-
-
-class Shell:
-    """Runs commands where there is an engine; where there is none, it does nothing."""
-
-    def __init__(self, engine: str):
-        self.wanted = engine == "docker"
-
-    def __call__(self, command: str) -> None:
-        """Run a command and print it and what it prints, line by line; or RuntimeError."""
-        if self.wanted:
-            run(command, width=100)
-
-
-class Processes:
-    """What runs in place of containers where there is no engine; where there is, nothing does."""
-
-    def __init__(self, engine: str, log: TextIO):
-        self.wanted, self.log = engine != "docker", log
-
-    def run(self, name: str, command: str, env: dict[str, str | None] | None = None) -> None:
-        """Run a command, after the one of this name has ended if there is one."""
-        if self.wanted:
-            print("$", command)
-            known = os.environ | {name: value or "" for name, value in (env or {}).items()}
-            words = shlex.split(command)
-            servers.start(name, words, env=known, stdout=self.log, stderr=self.log)
-
-    def end(self, name: str, kill: bool = False) -> None:
-        """End the process of this name, politely or not, if there is one."""
-        if kill and name in servers.running:
-            servers.running[name].kill()
-        servers.stop(name)
 
 
 def command_of(dockerfile: str, changes: dict[str, str]) -> str:

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import requests
-from conftest import ROOT, eventually
 
+from helpers.basics import ROOT, eventually
 from workbook import engine
 
 GATEWAY = "gateway.dockerfile"

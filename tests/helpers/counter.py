@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from conftest import Addresses, Client, predict_request
+
 from helpers.model_server import log_record, write_warm_up
+from helpers.servers import Addresses
+from helpers.serving import Client, predict_request
 
 NAME = "counter"
 ZERO = np.zeros(1, np.float32)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+
+from helpers.basics import ROOT
 from helpers.containers import GATEWAY, SERVING
 
 KUBE = ROOT / "kube-config"

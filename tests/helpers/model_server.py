@@ -20,9 +20,10 @@ from typing import Any
 from unittest import mock
 
 import tensorflow as tf
-from conftest import ROOT, Addresses, free_port
 from tensorflow_serving.apis import prediction_log_pb2
 
+from helpers.basics import ROOT, free_port
+from helpers.servers import Addresses
 from model_server.__main__ import main, parse_flags
 from model_server.server import ModelServer
 

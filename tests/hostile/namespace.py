@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT, Server, eventually
+from helpers.basics import ROOT, eventually
+from helpers.servers import Server
 
 AS_ROOT = os.geteuid() == 0
 MODEL_PORTS, GATEWAY_PORT = (18500, 18501), 9696
