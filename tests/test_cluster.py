@@ -99,34 +99,57 @@ def test_the_variable_decides_and_must_be_one_of_three(monkeypatch: pytest.Monke
 
 def test_without_docker_pods_are_processes() -> None:
     chosen = cluster.choose_cluster()
-    assert chosen[:2] == ("embedded", "no cluster, and no Docker engine answers")
-    with pytest.raises(RuntimeError, match=r"asked for, but no Docker engine answers; .*embedded"):
+    assert chosen[:2] == ("embedded", "there is no cluster: no Docker engine answers")
+    with pytest.raises(
+        RuntimeError,
+        match=r"but there is no cluster: no Docker .*; .*embedded",
+    ):
         cluster.choose_cluster("docker")
 
 
 def test_without_the_image_pods_are_processes(stub: Stub) -> None:
     stub("docker", '[ "$1" = info ] && echo answer')
     chosen = cluster.choose_cluster(images=("ping:001",))
-    assert chosen[:2] == ("embedded", "no cluster, and ping:001 could not be built")
+    assert chosen[:2] == ("embedded", "there is no cluster: ping:001 could not be built")
 
 
-def test_without_kind_and_a_network_pods_are_containers(stub: Stub) -> None:
+def test_without_kind_and_a_network_pods_are_processes(stub: Stub) -> None:
     docker(stub)
     chosen = cluster.choose_cluster(images=("ping:001",))
-    assert chosen.engine == "docker"
-    sentence = f"no cluster: there is no kind {cluster.KIND_VERSION}, and it cannot be downloaded"
-    assert chosen.why == sentence
+    why = f"there is no kind {cluster.KIND_VERSION}, and it cannot be downloaded"
+    assert chosen[:2] == ("embedded", f"there is no cluster: {why}")
+    with pytest.raises(RuntimeError, match=f"Docker was asked for, but .*{re.escape(why)}; mend"):
+        cluster.choose_cluster("docker", images=("ping:001",))
 
 
 def test_a_cluster_that_cannot_be_created_is_said_and_removed(here: Path, stub: Stub) -> None:
     docker(stub)
     kind(stub, create="echo 'ERROR: failed to create cluster: no cgroups' >&2; exit 1")
     chosen = cluster.choose_cluster()
-    assert chosen.engine == "docker"
+    assert chosen.engine == "embedded"
     assert chosen.why == (
-        "no cluster: Kind could not create one (failed to create cluster: no cgroups)"
+        "there is no cluster: Kind could not create one (failed to create cluster: no cgroups)"
     )
     assert calls(here, "kind delete")
+
+
+def test_interrupting_kind_leaves_no_half_of_a_cluster(
+    here: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docker(stub)
+    kind(stub)
+    called = cluster.kind
+
+    def interrupted(*arguments: str) -> subprocess.CompletedProcess[str]:
+        if arguments[0] == "create":
+            raise KeyboardInterrupt
+        return called(*arguments)
+
+    monkeypatch.setattr(cluster, "kind", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.choose_cluster()
+    (delete,) = calls(here, "kind delete")
+    assert "--name=clothes" in delete
 
 
 # --- The lessons' own cluster --------------------------------------------------------------------
@@ -161,7 +184,7 @@ def test_a_cluster_that_does_not_answer_is_left_alone(here: Path, stub: Stub) ->
     kind(stub, clusters="clothes")
     stub("kubectl", "exit 1")
     chosen = cluster.choose_cluster()
-    assert chosen.engine == "docker" and "kind delete cluster --name clothes" in chosen.why
+    assert chosen.engine == "embedded" and "kind delete cluster --name clothes" in chosen.why
     assert not calls(here, "kind delete") and not calls(here, "kind create")
 
 
@@ -177,7 +200,7 @@ def test_the_current_context_is_never_talked_to(
         config.write_text(kubeconfig("production", production.getsockname()[1]))
         monkeypatch.setenv("KUBECONFIG", str(config))
         before = config.read_text()
-        assert cluster.choose_cluster().engine == "docker"
+        assert cluster.choose_cluster().engine == "embedded"
         production.settimeout(0)
         with pytest.raises(BlockingIOError):
             production.accept()

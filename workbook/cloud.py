@@ -1,6 +1,5 @@
 """Lesson 09 in the cloud and in rehearsal: what differs between the two, said once."""
 
-import os
 import shutil
 import subprocess
 import urllib.request
@@ -11,7 +10,9 @@ from pathlib import Path
 import yaml
 
 from workbook import cluster
-from workbook.kubectl import Kubectl, wait_until
+from workbook.engine import settle_for_embedded, wanted_engine
+from workbook.kubectl import Kubectl
+from workbook.servers import wait_until
 
 PROGRAMS = ("docker", "aws", "eksctl")
 NAMESPACE = Path("kube-config/base/clothes-namespace.yaml")
@@ -19,7 +20,9 @@ EXAMPLE = "203.0.113.7/32"  # nobody's address, for examples
 
 
 def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Cluster:
-    """Choose where the pods run: `aws` with an agreement, else a rehearsal.
+    """Choose where the pods run: on `aws` with an agreement, else in a rehearsal.
+
+    With `docker`, a rehearsal also has images to push to a registry, and to pull from it.
 
     Args:
         agreed: nothing but True is an agreement to costs.
@@ -29,8 +32,8 @@ def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Clus
     Raises:
         RuntimeError: the costs are agreed to, and something is missing; or Docker was asked for.
     """
-    answers = cluster.docker_answers(wanted)
-    obstacle = cluster.images_obstacle(images) if answers else "no Docker engine is used"
+    embedded = wanted_engine(wanted) == "embedded"
+    obstacle = "no Docker engine is used" if embedded else cluster.images_obstacle(images)
     if agreed is True:
         if missing := [name for name in PROGRAMS if not shutil.which(name)]:
             obstacle = f"{' and '.join(missing)} must be installed"
@@ -39,11 +42,11 @@ def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Clus
                 f"AGREE_TO_COST is True, but {obstacle}. Mend that, or rehearse: set it to False."
             )
         return cluster.Cluster("aws", "AGREE_TO_COST is True: from here on it costs money")
-    if obstacle and wanted == "docker":
-        raise RuntimeError(f"Docker was asked for, but {obstacle}: take WORKBOOK_ENGINE=embedded.")
-    engine = "embedded" if obstacle else "docker"
     why = "AGREE_TO_COST is not True, so AWS is simulated"
-    return cluster.Cluster(engine, f"{why}; {obstacle}" if obstacle else why)
+    if obstacle:
+        engine, obstacle = settle_for_embedded(wanted, obstacle)
+        return cluster.Cluster(engine, f"{why}; {obstacle}")
+    return cluster.Cluster("docker", why)
 
 
 def connect_kubectl(chosen: cluster.Cluster, kubeconfig: Path) -> Kubectl:
@@ -82,7 +85,7 @@ def load_balancer(kubectl: Kubectl, service: str) -> str:
     first = ".status.loadBalancer.ingress[0]"
     path = f"jsonpath={{{first}.hostname}}{{{first}.ip}}"
     command = [*kubectl.command.split(), "get", "service", service, "--output", path]
-    wait_until(lambda: subprocess.check_output(command), 600)
+    wait_until(lambda: subprocess.check_output(command), "there is a load balancer", 600)
     return subprocess.check_output(command, text=True)
 
 
@@ -97,21 +100,5 @@ def wait_until_shut(kubectl: Kubectl, host: str) -> str:
             return False
         return True
 
-    wait_until(is_shut, 300)
+    wait_until(is_shut, "nobody is admitted")
     return "nobody answers within five seconds"
-
-
-def run(command: str) -> None:
-    """Run a command; print it, and what it prints, at once. RuntimeError when it fails."""
-    print("$", command, flush=True)
-    # Jupyter asks programs for colours, and for bars that move, which an output cannot show.
-    env = {**os.environ, "FORCE_COLOR": "", "TERM": "dumb"}
-    words, pipe = ["bash", "-c", command], subprocess.PIPE
-    with subprocess.Popen(
-        words, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-    if process.returncode:
-        raise RuntimeError(f"This failed, see above: {command}")

@@ -16,7 +16,14 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from workbook.engine import MACHINES, PROBE_SECONDS, docker, pull_obstacle
+from workbook.engine import (
+    MACHINES,
+    PROBE_SECONDS,
+    docker,
+    pull_obstacle,
+    settle_for_embedded,
+    wanted_engine,
+)
 
 NAME = "clothes"
 KUBECONFIG = Path("build/kubeconfig")
@@ -32,7 +39,7 @@ KIND_URL = "https://kind.sigs.k8s.io/dl"
 
 
 class Cluster(NamedTuple):
-    """What runs the pods: `kubernetes`, or a rehearsal as containers (`docker`) or processes.
+    """What runs the pods: `kubernetes`, or `embedded`, which is a rehearsal as processes.
 
     `kubectl` is the command with the options that name the cluster; `created` says whether
     `choose_cluster` has made it.
@@ -50,9 +57,9 @@ def choose_cluster(
     """Choose what runs the pods, and create the lessons' own cluster where that is possible.
 
     Args:
-        wanted: `auto`, `docker` (Kind, or a rehearsal as containers) or `embedded` (a rehearsal as
-            processes); for `auto` the environment variable `WORKBOOK_ENGINE` decides, if it is set.
-        images: the pods' images. Docker must have them, for a cluster and for containers alike.
+        wanted: `auto`, `docker` (a cluster, here Kind's) or `embedded` (a rehearsal); for `auto`
+            the environment variable `WORKBOOK_ENGINE` decides, if it is set.
+        images: the pods' images, which Docker must have for a cluster.
         namespace: where kubectl's commands shall work; nobody else's, for it is deleted in the end.
 
     Raises:
@@ -60,12 +67,8 @@ def choose_cluster(
         RuntimeError: Docker, or the cluster of WORKBOOK_CONTEXT, was asked for and cannot be used;
             or the namespace is not this workbook's.
     """
-    if wanted == "auto":
-        wanted = os.environ.get("WORKBOOK_ENGINE") or "auto"
-    if wanted not in ("auto", "docker", "embedded"):
-        raise ValueError(f"WORKBOOK_ENGINE is {wanted!r}: choose auto, docker or embedded.")
     context = os.environ.get("WORKBOOK_CONTEXT", "")
-    if wanted == "embedded":
+    if wanted_engine(wanted) == "embedded":
         return Cluster("embedded", "asked for")
     if context:
         kubectl = f"kubectl --context {shlex.quote(context)}"
@@ -76,17 +79,10 @@ def choose_cluster(
             )
         named = Cluster("kubernetes", f"WORKBOOK_CONTEXT names {context}", kubectl)
         return within(namespace, named)
-    obstacle = images_obstacle(images)
-    if obstacle and wanted == "docker":
-        raise RuntimeError(
-            f"Docker was asked for, but {obstacle}; mend that, or take WORKBOOK_ENGINE=embedded."
-        )
-    if obstacle:
-        return Cluster("embedded", f"no cluster, and {obstacle}")
-    own = own_cluster()
-    if isinstance(own, str):
-        return Cluster("docker", f"no cluster: {own}")
-    return within(namespace, own)
+    own = images_obstacle(images) or own_cluster()
+    if isinstance(own, Cluster):
+        return within(namespace, own)
+    return Cluster(*settle_for_embedded(wanted, f"there is no cluster: {own}"))
 
 
 def within(namespace: str, cluster: Cluster) -> Cluster:
@@ -114,9 +110,9 @@ def images_obstacle(images: tuple[str, ...]) -> str | None:
 
 def docker_answers(wanted: str = "auto") -> bool:
     """Say whether there is a Docker engine, and its use has not been forbidden."""
-    if "embedded" in (wanted, wanted == "auto" and os.environ.get("WORKBOOK_ENGINE")):
+    if wanted_engine(wanted) == "embedded" or not shutil.which("docker"):
         return False
-    return bool(shutil.which("docker") and docker("info", "--format", "{{.ServerVersion}}"))
+    return bool(docker("info", "--format", "{{.ServerVersion}}"))
 
 
 def answers(kubectl: str) -> bool:
@@ -143,7 +139,11 @@ def own_cluster() -> Cluster | str:
         return obstacle
     print(f"creating the Kind cluster {NAME}, a minute or two", flush=True)
     options = [f"--name={NAME}", f"--config={KIND_CONFIG}", f"--kubeconfig={KUBECONFIG}"]
-    done = kind("create", "cluster", *options, "--wait=5m")
+    try:
+        done = kind("create", "cluster", *options, "--wait=5m")
+    except KeyboardInterrupt:  # half a cluster would be in the way of the next attempt
+        kind("delete", "cluster", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
+        raise
     if done.returncode or not answers(kubectl):
         kind("delete", "cluster", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
         said = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no answer")

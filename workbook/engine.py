@@ -1,17 +1,18 @@
-"""Which engine runs TensorFlow Serving here: Docker, or the embedded server `model_server`."""
+"""Which engine runs TensorFlow Serving here, Docker or our `model_server`, and how commands run."""
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import time
 import urllib.request
 from contextlib import suppress
-from pathlib import Path
 from threading import Timer
 from typing import TextIO
+
+from workbook import servers
+from workbook.manifests import read_image
 
 SERVING_IMAGE = "tensorflow/serving:2.20.0"
 PROBE_SECONDS = 10.0
@@ -34,16 +35,26 @@ def choose_engine(wanted: str = "auto", image: str | None = SERVING_IMAGE) -> tu
         ValueError: `wanted` is none of the three.
         RuntimeError: Docker was asked for and cannot be used; the sentence says why.
     """
+    if wanted_engine(wanted) == "embedded":
+        return "embedded", "asked for"
+    obstacle = docker_obstacle(image)
+    if obstacle:
+        return settle_for_embedded(wanted, obstacle)
+    return "docker", f"a Docker engine answers and has {image or 'Compose'}"
+
+
+def wanted_engine(wanted: str) -> str:
+    """Return `auto`, `docker` or `embedded`: for `auto`, what WORKBOOK_ENGINE says, if anything."""
     if wanted == "auto":
         wanted = os.environ.get("WORKBOOK_ENGINE") or "auto"
     if wanted not in ("auto", "docker", "embedded"):
         raise ValueError(f"WORKBOOK_ENGINE is {wanted!r}: choose auto, docker or embedded.")
-    if wanted == "embedded":
-        return "embedded", "asked for"
-    obstacle = docker_obstacle(image)
-    if obstacle is None:
-        return "docker", f"a Docker engine answers and has {image or 'Compose'}"
-    if wanted == "docker":
+    return wanted
+
+
+def settle_for_embedded(wanted: str, obstacle: str) -> tuple[str, str]:
+    """Return `embedded` and the obstacle; or RuntimeError where Docker was asked for."""
+    if wanted_engine(wanted) == "docker":
         raise RuntimeError(
             f"Docker was asked for, but {obstacle}; mend that, or take WORKBOOK_ENGINE=embedded."
         )
@@ -91,6 +102,26 @@ def wait_for(url: str, seconds: float = 180) -> None:
     raise TimeoutError(f"{url} was not ready within {seconds:.0f} s")
 
 
+def run(command: str, check: bool = True, width: int | None = None) -> None:
+    """Run a command; print it, and what it prints, line by line, cut to a width if there is one.
+
+    Raises:
+        RuntimeError: It fails, and shall be checked.
+    """
+    print("$", command, flush=True)
+    # Jupyter asks programs for colours, and for bars that move, which an output cannot show.
+    env = {**os.environ, "FORCE_COLOR": "", "TERM": "dumb"}
+    words, pipe = ["bash", "-o", "pipefail", "-c", command], subprocess.PIPE
+    with subprocess.Popen(
+        words, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line.rstrip("\n")[:width], flush=True)
+    if check and process.returncode:
+        raise RuntimeError(f"This failed, see above: {command}")
+
+
 class Shell:
     """Runs commands where there is an engine; where there is none, it does nothing."""
 
@@ -99,17 +130,8 @@ class Shell:
 
     def __call__(self, command: str) -> None:
         """Run a command and print it and what it prints, line by line; or RuntimeError."""
-        if not self.wanted:
-            return
-        print("$", command)
-        words = ["bash", "-o", "pipefail", "-c", command]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(words, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                print(line.rstrip()[:100])
-        if process.returncode:
-            raise RuntimeError(f"This command has failed: {command}")
+        if self.wanted:
+            run(command, width=100)
 
 
 class Processes:
@@ -117,24 +139,20 @@ class Processes:
 
     def __init__(self, engine: str, log: TextIO):
         self.wanted, self.log = engine != "docker", log
-        self.running: dict[str, subprocess.Popen] = {}
 
     def run(self, name: str, command: str, env: dict[str, str | None] | None = None) -> None:
         """Run a command, after the one of this name has ended if there is one."""
-        if not self.wanted:
-            return
-        self.end(name)
-        print("$", command)
-        known = os.environ | {name: value or "" for name, value in (env or {}).items()}
-        self.running[name] = subprocess.Popen(
-            shlex.split(command), env=known, stdout=self.log, stderr=self.log
-        )
+        if self.wanted:
+            print("$", command)
+            known = os.environ | {name: value or "" for name, value in (env or {}).items()}
+            words = shlex.split(command)
+            servers.start(name, words, env=known, stdout=self.log, stderr=self.log)
 
     def end(self, name: str, kill: bool = False) -> None:
         """End the process of this name, politely or not, if there is one."""
-        if process := self.running.pop(name, None):
-            process.kill() if kill else process.terminate()
-            process.wait(timeout=60)
+        if kill and name in servers.running:
+            servers.running[name].kill()
+        servers.stop(name)
 
 
 def command_of(dockerfile: str, changes: dict[str, str]) -> str:
@@ -143,9 +161,8 @@ def command_of(dockerfile: str, changes: dict[str, str]) -> str:
     Raises:
         KeyError: Something that is to be changed is not in the command.
     """
-    text = Path(dockerfile).read_text(encoding="utf-8").replace("\\\n", "")
-    lists = re.findall(r"^(?:ENTRYPOINT|CMD) (.*)", text, re.MULTILINE)
-    words = [word for each in lists for word in json.loads(each)]
+    image = read_image(dockerfile)
+    words = [*image.entrypoint, *image.command]
     for inside, outside in changes.items():
         if not any(inside in word for word in words):
             raise KeyError(f"{inside} is not in {words}")

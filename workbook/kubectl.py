@@ -1,22 +1,35 @@
-"""Say it once: kubectl's commands, to a cluster or to what rehearses one; and a steady client."""
+"""kubectl's commands, for a cluster or for a rehearsal of one; and a client that asks steadily."""
 
-import atexit
+import itertools
 import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
+from workbook import servers
 from workbook.cluster import Cluster, load_command
-from workbook.rehearsal import Image, Rehearsal
+from workbook.engine import run
+from workbook.manifests import container, port_number, read_image
+from workbook.pods import Pod
+from workbook.rehearsal import Rehearsal
 
 COMPONENT = "app.kubernetes.io/component"
 WELL = 100  # so many answers in a row
+# What `get` shows: what stands before a name among other kinds, and the columns.
+KINDS = {
+    "pods": ("pod", "NAME READY STATUS RESTARTS AGE"),
+    "services": ("service", "NAME TYPE CLUSTER-IP EXTERNAL-IP PORT(S) AGE"),
+    "deployments": ("deployment.apps", "NAME READY UP-TO-DATE AVAILABLE AGE"),
+    "endpointslices": ("endpointslice.discovery.k8s.io", "NAME ADDRESSTYPE PORTS ENDPOINTS AGE"),
+}
+NAMES = {"po": "pods", "svc": "services", "deploy": "deployments"}
+NAMES |= {name: kind for kind, (long, _) in KINDS.items() for name in (kind, long.split(".")[0])}
 
 
 class PodState(NamedTuple):
@@ -30,61 +43,67 @@ class PodState(NamedTuple):
 class Kubectl:
     """`kubectl("get pods")` prints the command, does it, and prints what it says.
 
+    Another one for the same namespace takes the place of this one, which is closed.
+
     Args:
         cluster: what runs the pods, as `choose_cluster` says it.
         namespace: the pods' namespace.
     """
 
+    opened: dict[str, "Kubectl"] = {}  # noqa: RUF012
+
     def __init__(self, cluster: Cluster, namespace: str):
+        if earlier := self.opened.get(namespace):
+            earlier.close()
+        self.opened[namespace] = self
         self.cluster = cluster
         self.command = f"{cluster.kubectl} --namespace {namespace}"
-        rehearsed = cluster.engine != "kubernetes"
-        self.rehearsal = Rehearsal("", cluster.engine).start() if rehearsed else None
-        self.tunnels: list[subprocess.Popen] = []
+        self.rehearsal = None if cluster.engine == "kubernetes" else Rehearsal(namespace)
+        self.tunnels: set[str] = set()
 
-    def load(self, image: str, dockerfile: str, paths: dict[str, str] | None = None) -> None:
+    def load(
+        self, image: str, dockerfile: str, paths: dict[str, str] | None = None, context: str = "."
+    ) -> None:
         """Bring an image to where the pods run.
 
         Args:
             image: its name and tag, on this machine's Docker.
-            dockerfile: where a rehearsal as processes reads its command.
+            dockerfile: where a rehearsal reads its command.
             paths: paths of the image, and what they are on this machine.
+            context: the folder that the image is built from.
         """
-        if self.rehearsal is not None:
-            self.rehearsal.images[image] = Image(f"--file {dockerfile} .", paths or {})
+        if self.rehearsal is None:
+            run(load_command(image))
         else:
-            command = load_command(image)
-            print(f"$ {command}", flush=True)
-            subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
+            self.rehearsal.images[image] = read_image(dockerfile, context, paths)
 
     def __call__(self, command: str, check: bool = True) -> None:
-        """Do one command; raise RuntimeError or TimeoutError when it fails, unless it may."""
-        if self.rehearsal is not None:
-            print(f"rehearsal: {command}", flush=True)
-            return self._rehearse(self.rehearsal, command)
-        print(f"$ {self.command} {command}", flush=True)
-        with subprocess.Popen(
-            self._words(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                print(line, end="", flush=True)
-        if check and process.returncode:
-            raise RuntimeError(f"This failed: kubectl {command}")
+        """Do one command; raise RuntimeError when it fails, unless it may."""
+        if self.rehearsal is None:
+            return run(f"{self.command} {command}", check)
+        print(f"rehearsal: {command}", flush=True)
+        try:
+            rehearse(self.rehearsal, command)
+        except (ValueError, TimeoutError) as error:
+            not_found = str(error).endswith(" not found")
+            print(f"{'Error from server (NotFound)' if not_found else 'error'}: {error}")
+            if check:
+                raise RuntimeError(f"This failed, see above: kubectl {command}") from error
 
     def forward(self, target: str, port: int, local_port: int) -> None:
-        """Open a tunnel, `kubectl port-forward`, that lasts until `close`."""
+        """Open a tunnel, `kubectl port-forward`, in place of an earlier one at the same port."""
         command = f"port-forward {target} {local_port}:{port}"
         if self.rehearsal is not None:
             print(f"rehearsal: {command} &")
-            self.rehearsal.port_forward(target, port, local_port)
+            self.rehearsal.forward(target, port, local_port)
             return
         print(f"$ {self.command} {command} &")
-        tunnel = subprocess.Popen(
-            self._words(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        words, pipe = shlex.split(f"{self.command} {command}"), subprocess.PIPE
+        name = f"port-forward {local_port}"
+        tunnel = servers.start(
+            name, words, [local_port], stdout=pipe, stderr=subprocess.STDOUT, text=True
         )
-        self.tunnels.append(tunnel)
-        atexit.register(tunnel.terminate)
+        self.tunnels.add(name)
         # To try whether it is open could break it; kubectl says when it is, or why it cannot be.
         assert tunnel.stdout is not None
         said = tunnel.stdout.readline()
@@ -96,58 +115,217 @@ class Kubectl:
         if self.rehearsal is not None:
             pods = self.rehearsal.pods(component)
             return [PodState(pod.name, pod.ready, pod.restarts) for pod in pods]
-        words = self._words(f"get pods --selector {COMPONENT}={component} --output json")
+        command = f"{self.command} get pods --selector {COMPONENT}={component} --output json"
         found = []
-        for item in json.loads(subprocess.check_output(words))["items"]:
+        for item in json.loads(subprocess.check_output(shlex.split(command)))["items"]:
             (state,) = item["status"].get("containerStatuses") or [{}]
             ready, restarts = state.get("ready", False), state.get("restartCount", 0)
             found.append(PodState(item["metadata"]["name"], ready, restarts))
         return found
 
+    def kill(self, pod: str) -> None:
+        """End the first process of a pod's container, as a crash would."""
+        if self.rehearsal is None:
+            return self(f"exec {pod} -- sh -c 'kill 1'", check=False)
+        print(f"rehearsal: SIGKILL to the process of {pod}")
+        process = self.rehearsal.pod(pod).process
+        assert process is not None
+        process.kill()
+
     def close(self) -> None:
         """Close the tunnels, and end the rehearsal if there is one."""
         for tunnel in self.tunnels:
-            tunnel.terminate()
-            tunnel.wait(timeout=60)
+            servers.stop(tunnel)
         if self.rehearsal is not None:
             self.rehearsal.close()
 
-    def _words(self, command: str) -> list[str]:
-        return shlex.split(f"{self.command} {command}")
 
-    def _rehearse(self, rehearsal: Rehearsal, command: str) -> None:
-        match shlex.split(command):
-            case ["create", "--save-config", "--filename", file]:
-                self._apply(rehearsal, Path(file).read_text())
-            case ["apply", "--kustomize", folder, *selector]:
-                manifests = subprocess.check_output(["kubectl", "kustomize", folder], text=True)
-                self._apply(rehearsal, manifests, "".join(selector).removeprefix("--selector="))
-            case ["delete", "pod", pod, "--force", *_]:
-                rehearsal.pod(pod).grace = 0
-                rehearsal.delete_pod(pod)
-                print(f'pod "{pod}" force deleted')
-            case ["exec", target, *_] if target.startswith("deployment/"):
-                first = rehearsal.pods(target.removeprefix("deployment/"))[0]
-                rehearsal.kubectl(command.replace(target, first.name, 1))
-            case ["rollout", "status", target, "--timeout", seconds]:
-                name = target.removeprefix("deployment/")
-                rehearsal.rollout_status(name, float(seconds.removesuffix("s")))
-            case _:
-                rehearsal.kubectl(command)
+# --- What a rehearsal does for a command ----------------------------------------------------------
 
-    def _apply(self, rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
-        """Give the rehearsal objects, all or those with a label, and say what is new."""
-        label, _, value = selector.partition("=")
-        chosen = []
-        for each in yaml.safe_load_all(manifests):
-            if selector and each["metadata"]["labels"].get(label) != value:
-                continue
-            kind, name = each["kind"], each["metadata"]["name"]
-            before = rehearsal.objects.get((kind, name))
-            how = "unchanged" if before == each else "configured" if before else "created"
-            print(f"{kind.lower()}/{name} {how}")
-            chosen.append(each)
-        rehearsal.apply(yaml.safe_dump_all(chosen))
+
+def rehearse(rehearsal: Rehearsal, command: str) -> None:
+    """Do a command and print what kubectl would print.
+
+    Raises:
+        ValueError: It cannot be done; the sentence is kubectl's.
+        TimeoutError: It was not done in time.
+        NotImplementedError: A rehearsal does not know it.
+    """
+    words, arguments = words_of(command)
+    match words:
+        case ["get", kinds, *names] if not any(name.startswith("-") for name in names):
+            print_tables(rehearsal, kinds.split(","), names)
+        case ["describe", "pods", name]:
+            describe(rehearsal.pod(name), rehearsal.namespace)
+        case ["logs", *target, name] if target in ([], ["pods"], ["deployments"]):
+            print(pod_of(rehearsal, target, name).log.read_text(errors="replace"), end="")
+        case ["exec", *target, name] if target in ([], ["pods"], ["deployments"]):
+            done = rehearsal.exec(pod_of(rehearsal, target, name).name, *arguments)
+            print(done.stdout, end="")
+            if done.returncode:
+                raise ValueError(f"command terminated with exit code {done.returncode}")
+        case ["create", "--save-config", "--filename", file]:
+            apply(rehearsal, Path(file).read_text())
+        case ["apply", "--kustomize", folder, *selector] if len(selector) in (0, 2):
+            manifests = subprocess.check_output(["kubectl", "kustomize", folder], text=True)
+            apply(rehearsal, manifests, *selector[1:])
+        case ["delete", "pods", name]:
+            rehearsal.delete_pod(name)
+            print(f'pod "{name}" deleted from {rehearsal.namespace} namespace')
+        case ["delete", "pods", name, "--force", "--grace-period", "0"]:
+            rehearsal.delete_pod(name, grace=0)
+            print(f'pod "{name}" force deleted from {rehearsal.namespace} namespace')
+        case ["scale", "deployments", name, "--replicas", number]:
+            rehearsal.change(name, lambda spec: spec.update(replicas=int(number)))
+            print(f"deployment.apps/{name} scaled")
+        case ["set", "image", "deployments", name, change]:
+            new = {"image": change.partition("=")[2]}
+            rehearsal.change(name, lambda spec: container(spec["template"]).update(new))
+            print(f"deployment.apps/{name} image updated")
+        case ["rollout", "restart", "deployments", name]:
+            now = {"annotations": {"kubectl.kubernetes.io/restartedAt": str(time.time())}}
+            rehearsal.change(name, lambda spec: spec["template"]["metadata"].update(now))
+            print(f"deployment.apps/{name} restarted")
+        case ["rollout", "undo", "deployments", name]:
+            before = rehearsal.revisions[name][-2:-1]
+            if not before:
+                raise ValueError(f'no rollout history found for deployment "{name}"')
+            rehearsal.change(name, lambda spec: spec.update(template=before[0]))
+            print(f"deployment.apps/{name} rolled back")
+        case ["rollout", "status", "deployments", name]:
+            rehearsal.rollout_status(name, 600)
+        case ["rollout", "status", "deployments", name, "--timeout", seconds]:
+            rehearsal.rollout_status(name, float(seconds.removesuffix("s")))
+        case _:
+            raise NotImplementedError(f"A rehearsal does not know: kubectl {command}")
+
+
+def words_of(command: str) -> tuple[list[str], list[str]]:
+    """Return a command's words, with kinds in one spelling and values apart, and those after `--`.
+
+    `scale deploy/ping --replicas=3` becomes `scale deployments ping --replicas 3`.
+    """
+    words: list[str] = []
+    rest = iter(shlex.split(command))
+    for word in itertools.takewhile(lambda word: word != "--", rest):
+        kind, slash, name = word.partition("/")
+        if word.startswith("--"):
+            words += word.split("=", 1)
+        elif slash and kind in NAMES:
+            words += [NAMES[kind], name]
+        else:
+            words.append(",".join(NAMES.get(each, each) for each in word.split(",")))
+    return words, [*rest]
+
+
+def pod_of(rehearsal: Rehearsal, target: list[str], name: str) -> Pod:
+    """Return the pod that a command means: the one of this name, or the first of a Deployment."""
+    if target != ["deployments"]:
+        return rehearsal.pod(name)
+    rehearsal.object("Deployment", name)
+    return next(iter(rehearsal.pods(name)))
+
+
+def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
+    """Give the rehearsal objects, all or those with a label, and say what is new."""
+    label, _, value = selector.partition("=")
+    chosen = [
+        each
+        for each in yaml.safe_load_all(manifests)
+        if not selector or each["metadata"].get("labels", {}).get(label) == value
+    ]
+    before = dict(rehearsal.objects)
+    rehearsal.apply(yaml.safe_dump_all(chosen))
+    for each in chosen:
+        kind, name = each["kind"], each["metadata"]["name"]
+        known = before.get((kind, name))
+        how = "unchanged" if known == each else "configured" if known else "created"
+        group = each["apiVersion"].rpartition("/")[0]
+        print(f"{kind.lower()}{'.' * bool(group)}{group}/{name} {how}")
+
+
+def print_tables(rehearsal: Rehearsal, kinds: list[str], names: list[str]) -> None:
+    """Print a table of each kind as `kubectl get` does: of these names, or of all."""
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise NotImplementedError(f"A rehearsal has no table of {unknown[0]}.")
+    tables = []
+    for kind in kinds:
+        before, header = KINDS[kind]
+        found = {row[0]: row for row in sorted(rows(rehearsal, kind))}
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f'{kind} "{missing[0]}" not found')
+        chosen = [row for name, row in found.items() if name in names or not names]
+        if len(kinds) > 1:
+            chosen = [[f"{before}/{row[0]}", *row[1:]] for row in chosen]
+        tables += [aligned([header.split(), *chosen], gap=3)] if chosen else []
+    nothing = f"No resources found in {rehearsal.namespace} namespace."
+    print("\n\n".join(tables) or nothing)
+
+
+def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
+    """Yield a row for each object of a kind, as `kubectl get` shows it."""
+    for pod in rehearsal.pods() if kind == "pods" else ():
+        restarts = f"{pod.restarts} ({age(pod.died)} ago)" if pod.restarts else "0"
+        yield [pod.name, f"{pod.ready:d}/1", pod.status, restarts, age(pod.born)]
+    for name in rehearsal.named("Deployment") if kind == "deployments" else ():
+        pods, revision = rehearsal.pods(name), rehearsal.revision(name)
+        new = sum(pod.revision == revision and not pod.ending.is_set() for pod in pods)
+        ready, made = sum(pod.ready for pod in pods), age(rehearsal.made["Deployment", name])
+        yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{new}", f"{ready}", made]
+    for name, each in rehearsal.named("Service").items():
+        spec, made = each["spec"], age(rehearsal.made["Service", name])
+        port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
+        if kind == "services":
+            own = "None" if spec.get("clusterIP") == "None" else "127.0.0.1"
+            outside = "<pending>" if spec.get("type") == "LoadBalancer" else "<none>"
+            ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
+            yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
+        if kind == "endpointslices":
+            addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
+            number = port_number(found[0].container, port) if found else "<unset>"
+            yield [name, "IPv4", f"{number}", addresses, made]
+
+
+def describe(pod: Pod, namespace: str) -> None:
+    """Print what `kubectl describe` says of a pod, as far as a rehearsal knows it."""
+    lines = [("Image:", pod.image), ("State:", "Running")]
+    if pod.state != "Running":
+        lines[1:] = [("State:", "Waiting"), ("  Reason:", pod.state)]
+    if pod.last_exit is not None:
+        reason = "Error" if pod.last_exit else "Completed"
+        lines += [("Last State:", "Terminated"), ("  Reason:", reason)]
+        lines += [("  Exit Code:", f"{pod.last_exit}")]
+    lines += [("Ready:", f"{pod.ready}"), ("Restart Count:", f"{pod.restarts}")]
+    events = [["Type", "Reason", "Age", "From", "Message"]]
+    events += [["----", "------", "----", "----", "-------"]]
+    seen = sorted(pod.events.copy().items(), key=lambda event: event[1][1])
+    for (kind, reason, message), (first, last, count) in seen:
+        when = age(last) if count == 1 else f"{age(last)} (x{count} over {age(first)})"
+        events.append([kind, reason, when, "kubelet", message])
+    print(f"Name:             {pod.name}\nNamespace:        {namespace}")
+    print(f"Containers:\n  {pod.container['name']}:")
+    print(*(f"    {key:16}{value}" for key, value in lines), sep="\n")
+    print("Events:", aligned(events, gap=2, indent="  "), sep="\n")
+
+
+def aligned(table: list[list[str]], gap: int, indent: str = "") -> str:
+    """Return rows as lines, each column as wide as its longest cell and a gap."""
+    widths = [max(map(len, column)) + gap for column in zip(*table, strict=True)]
+    return "\n".join((indent + "".join(map(str.ljust, row, widths))).rstrip() for row in table)
+
+
+def age(since: float) -> str:
+    """Return how long ago a moment was, as kubectl writes it."""
+    seconds = int(time.monotonic() - since)
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 2:
+        return f"{seconds}s"
+    if minutes < 10:
+        return f"{minutes}m{rest}s" if rest else f"{minutes}m"
+    return f"{minutes}m" if minutes < 180 else f"{minutes // 60}h"
+
+
+# --- A client -------------------------------------------------------------------------------------
 
 
 class Client:
@@ -173,9 +351,8 @@ class Client:
             self.there("wait pod/client --for condition=Ready --timeout 120s")
             words = shlex.split(f"{self.there.command} logs --follow client")
         with notes.open("w") as file:
-            self.process = subprocess.Popen(words, stdout=file)
-        atexit.register(self.process.terminate)
-        wait_until(self.is_well)
+            servers.start("client", words, stdout=file)
+        servers.wait_until(self.is_well, "a hundred predictions have come")
 
     def answers(self, since: float = 0.0) -> list[tuple[float, str]]:
         """Return when answers came, as `time.time()`, and what they were: `version 1` ..."""
@@ -195,22 +372,12 @@ class Client:
             now = self.kubectl.pods(component)
             return now not in ([], before) and all(pod.ready for pod in now)
 
-        wait_until(is_other)
+        servers.wait_until(is_other, "the pod is ready again")
         moment = time.time()
-        wait_until(lambda: self.is_well(moment))
+        servers.wait_until(lambda: self.is_well(moment), "a hundred predictions have come")
 
     def close(self) -> None:
         """End the client."""
-        self.process.terminate()
-        self.process.wait(timeout=60)
+        servers.stop("client")
         if self.kubectl.rehearsal is None:
             self.there(f"delete --kustomize {self.folder} --timeout 120s")
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 300) -> None:
-    """Wait until something is true; raise TimeoutError if it is not so after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"What was waited for has not come true in {seconds:g} s.")
-        time.sleep(0.2)

@@ -1,295 +1,202 @@
-"""Rehearse Kubernetes manifests without a cluster: their pods, as containers or as processes.
+"""Rehearse Kubernetes manifests without a cluster: their pods, as processes of this machine.
 
-    with Rehearsal(manifests, "docker", {"ping:001": Image("kube-config/ping")}) as pods:
-        pods.rollout_status("ping")
-        print(pods.get("pods"))
+    rehearsal = Rehearsal("ping", {"ping:001": read_image("Dockerfile")})
+    rehearsal.apply(manifests)
+    rehearsal.rollout_status("ping")
+    rehearsal.close()
 
-takes what `kubectl kustomize` prints and does to each Deployment's pods what a cluster would do:
-runs their commands with their environment, user, limits and volumes, executes their probes, starts
-again what has died, scales, and rolls out changes step by step. It is no cluster: `not_shown` says
-what is missing. A pod has one container here.
+does to each Deployment's pods what a cluster would do: it runs their commands with their variables,
+executes their probes, starts again what has died, scales, and rolls out changes step by step. It is
+no cluster: NOT_SHOWN says what is missing. What it cannot do as a cluster does, it refuses.
 """
 
-import asyncio
 import base64
 import hashlib
 import itertools
 import json
 import math
+import os
+import re
 import secrets
-import shlex
 import shutil
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import psutil
 import yaml
 
-from workbook.kubelet import (
-    LETTERS,
-    TICK_SECONDS,
-    Containers,
-    Image,
-    Manifest,
-    Pod,
-    Processes,
-    docker,
-    port_number,
-)
-
-__all__ = ["Image", "Pod", "Rehearsal"]
+from workbook import manifests
+from workbook.manifests import Image, Manifest, container
+from workbook.pods import LETTERS, TICK_SECONDS, Pod
+from workbook.servers import is_busy, require_free_ports
 
 ENDPOINTS_SECONDS = 0.5  # so late does a Service learn which pods are ready; in a cluster, too
-REHEARSED = ("Deployment", "Service", "ConfigMap", "Secret")
+PLACES = 8  # for the pods of a Deployment behind a headless Service
+CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
+REHEARSED = ("Deployment", "Service", "Secret", "HorizontalPodAutoscaler")
+NOT_SHOWN = """\
+There is no scheduler, no node, no API server and no cluster DNS.
+Pods are processes of yours: they have no image, no limits and no user of their own.
+Addresses, ports and paths in commands are replaced by this machine's.
+An autoscaler keeps its least number of pods, and other kinds of objects have no effect."""
 
 
 class Rehearsal:
-    """The pods of some manifests, from `start` to `close`.
+    """The pods of some manifests in one namespace, until `close`; `images` are what they run."""
 
-    Args:
-        manifests: Kubernetes objects as YAML, as `kubectl kustomize` prints them.
-        engine: `docker` runs pods as containers, `embedded` as processes.
-        images: what makes each image. Docker needs none, if the images are on its engine.
-    """
-
-    def __init__(self, manifests: str, engine: str, images: dict[str, Image] | None = None):
-        self.images = images or {}
-        self.id = secrets.token_hex(4)
-        self.engine = Containers(self) if engine == "docker" else Processes(self)
-        self.network = f"rehearsal-{self.id}"
+    def __init__(self, namespace: str = "default", images: dict[str, Image] | None = None):
+        self.namespace, self.images = namespace, images or {}
+        self.id, self.folder = secrets.token_hex(4), Path(tempfile.mkdtemp(prefix="rehearsal-"))
         self.objects: dict[tuple[str, str], Manifest] = {}
+        self.made: dict[tuple[str, str], float] = {}
         self.revisions: dict[str, list[Manifest]] = {}
         self.all_pods: list[Pod] = []
         self.endpoints: dict[str, list[Pod]] = {}
-        self.events: list[tuple[float, str, str, str]] = []
-        self.born, self.deadline = time.monotonic(), math.inf
+        # A pod has a place, and each place has ports of its own, so that the name of a headless
+        # Service can mean all places of its pods, whichever pods come and go.
+        self.places: dict[tuple[str, int], dict[int, int]] = {}
+        self.ports, self.claims = self._free_ports(), list[socket.socket]()
+        self.doors: dict[object, Door] = {}
         self.lock, self.over = threading.RLock(), threading.Event()
-        self.servers: list[asyncio.Server] = []
-        self.carrying: set[asyncio.Task | None] = set()
-        self._take(manifests)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def start(self) -> Self:
-        """Start the pods; return at once."""
-        self.folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
         # It removes what is left when this program ends without having called `close`.
         self.reaper = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "workbook.rehearsal"),
-                *(self.id, type(self.engine).__name__, self.folder),
-            ],
+            [sys.executable, "-m", "workbook.rehearsal", self.id, self.folder],
             cwd=Path(__file__).parent.parent,
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
-        if isinstance(self.engine, Containers):
-            docker("network", "create", f"--label=rehearsal={self.id}", self.network)
-        self.loop = asyncio.new_event_loop()
-        self.forwarding = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.controlling = threading.Thread(target=self._control, daemon=True)
-        self.forwarding.start()
         self.controlling.start()
-        return self
 
     def close(self) -> None:
         """End every pod, with SIGTERM and soon SIGKILL, and remove all that was made."""
-        self.deadline = time.monotonic() + 10
         self.over.set()
         self.controlling.join()
-        with self.lock:
-            for pod in self.all_pods:
-                pod.ending.set()
+        for pod in self.all_pods:
+            pod.pre_stop, pod.grace = 0, min(pod.grace, CLOSE_SECONDS)
+            pod.ending.set()
         for pod in self.all_pods:
             pod.gone.wait()
-        asyncio.run_coroutine_threadsafe(self._stop_listening(), self.loop).result(timeout=60)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.forwarding.join()
-        self.loop.close()
+        for door in self.doors.values():
+            door.close()
+        for claim in self.claims:
+            claim.close()
         assert self.reaper.stdin is not None
-        if isinstance(self.engine, Processes):
-            self.engine.ports.close()
         self.reaper.stdin.close()
         self.reaper.wait(timeout=60)
 
-    # --- What kubectl would do --------------------------------------------------------------------
+    # --- What kubectl asks for --------------------------------------------------------------------
 
-    def kubectl(self, command: str) -> None:
-        """Do what a kubectl command says, one of those below, and print what it would print."""
-        words = shlex.split(command)
-        options = dict(itertools.pairwise(words))
-        seconds = float(options.get("--timeout", "120s").rstrip("s"))
-        name = next((word.rpartition("/")[2] for word in words if "/" in word), "")
-        try:
-            match words:
-                case ["get", kinds, *_]:
-                    print(*map(self.get, kinds.split(",")), sep="\n\n")
-                case ["describe", "pod", pod]:
-                    print(self.describe(pod))
-                case ["logs", pod]:
-                    print(self.logs(pod), end="")
-                case ["exec", pod, "--", *arguments]:
-                    print(self.exec(pod, *arguments), end="")
-                case ["delete", "pod", pod]:
-                    self.delete_pod(pod)
-                    print(f'pod "{pod}" deleted')
-                case ["scale", _, "--replicas", number]:
-                    self.scale(name, int(number))
-                    print(f"deployment.apps/{name} scaled")
-                case ["set", "image", _, change]:
-                    self.set_image(name, change.partition("=")[2])
-                    print(f"deployment.apps/{name} image updated")
-                case ["rollout", "status", *_]:
-                    self.rollout_status(name, seconds)
-                case ["rollout", "undo", _]:
-                    self.rollout_undo(name)
-                    print(f"deployment.apps/{name} rolled back")
-                case ["rollout", "restart", _]:
-                    self.rollout_restart(name)
-                    print(f"deployment.apps/{name} restarted")
-                case _:
-                    raise ValueError(f"A rehearsal does not know: kubectl {command}")
-        except TimeoutError as error:
-            print(f"error: {error}")
-
-    def apply(self, manifests: str) -> None:
-        """Add or change objects; a Deployment whose pod template changes is rolled out."""
-        with self.lock:
-            self._take(manifests)
-
-    def scale(self, name: str, replicas: int) -> None:
-        """Change the number of pods of a Deployment."""
-        with self.lock:
-            self.deployment(name)["spec"]["replicas"] = replicas
-
-    def set_image(self, name: str, image: str) -> None:
-        """Give the pods of a Deployment another image."""
-        changed = json.loads(json.dumps(self.deployment(name)))
-        changed["spec"]["template"]["spec"]["containers"][0]["image"] = image
-        self.apply(yaml.safe_dump(changed))
-
-    def rollout_restart(self, name: str) -> None:
-        """Replace all pods of a Deployment by new ones."""
-        changed = json.loads(json.dumps(self.deployment(name)))
-        annotations = changed["spec"]["template"]["metadata"].setdefault("annotations", {})
-        annotations["kubectl.kubernetes.io/restartedAt"] = str(time.time())
-        self.apply(yaml.safe_dump(changed))
-
-    def rollout_undo(self, name: str) -> None:
-        """Return a Deployment to the pod template that it had before."""
-        with self.lock:
-            if len(self.revisions[name]) < 2:
-                raise ValueError(f"No rollout history found for deployment {name!r}.")
-            self.revisions[name].append(self.revisions[name].pop(-2))
-            self.deployment(name)["spec"]["template"] = self.revisions[name][-1]
-
-    def rollout_status(self, name: str, seconds: float = 120) -> None:
-        """Wait until all pods of a Deployment are new and available; print how it goes.
+    def apply(self, text: str) -> None:
+        """Add or change objects; a Deployment whose pod template changes is rolled out.
 
         Raises:
-            TimeoutError: they are not, in this time; the sentence has the pods' states.
+            ValueError: An object asks for something that a rehearsal cannot do.
+        """
+        objects = [each for each in yaml.safe_load_all(text) if each]
+        for each in objects:
+            if each["kind"] in ("Deployment", "Service"):
+                manifests.refuse_unknown(each)
+        with self.lock:
+            for each in objects:
+                kind, name = each["kind"], each["metadata"]["name"]
+                if kind == "Deployment":
+                    history, now = self.revisions.get(name, []), each["spec"]["template"]
+                    self.revisions[name] = [old for old in history if old != now] + [now]
+                self.objects[kind, name] = each
+                self.made.setdefault((kind, name), time.monotonic())
+
+    def change(self, deployment: str, change: Callable[[Manifest], object]) -> None:
+        """Apply a Deployment again, after a function has changed what it specifies."""
+        changed = json.loads(json.dumps(self.object("Deployment", deployment)))
+        change(changed["spec"])
+        self.apply(yaml.safe_dump(changed))
+
+    def rollout_status(self, deployment: str, seconds: float = 120) -> None:
+        """Wait until all pods of a Deployment are new and ready, and print how it goes.
+
+        Raises:
+            TimeoutError: They are not, in this time.
         """
         said, deadline = "", time.monotonic() + seconds
-        while True:
+        while time.monotonic() < deadline:
             with self.lock:
-                wanted, revision = self._replicas(name), self._revision(name)
-                pods = [pod for pod in self.pods(name) if not pod.ending.is_set()]
-                new = [pod for pod in pods if pod.revision == revision]
-                available = [pod for pod in new if self._is_available(pod)]
-            if len(available) == len(pods) == wanted:
-                return print(f'deployment "{name}" successfully rolled out')
+                wanted, revision = self.replicas(deployment), self.revision(deployment)
+                pods = [pod for pod in self.pods(deployment) if not pod.ending.is_set()]
+            new = [pod for pod in pods if pod.revision == revision]
+            ready = sum(pod.ready for pod in new)
+            if ready == len(pods) == wanted:
+                return print(f'deployment "{deployment}" successfully rolled out')
+            how = f"{ready} of {wanted} updated replicas are available"
             if len(new) < wanted:
                 how = f"{len(new)} out of {wanted} new replicas have been updated"
             elif len(pods) > len(new):
                 how = f"{len(pods) - len(new)} old replicas are pending termination"
-            else:
-                how = f"{len(available)} of {wanted} updated replicas are available"
             if how != said:
-                print(f'Waiting for deployment "{name}" rollout to finish: {how}...', flush=True)
+                start = f'Waiting for deployment "{deployment}" rollout to finish'
+                print(f"{start}: {how}...", flush=True)
             said = how
-            if time.monotonic() > deadline:
-                waiting = [f"{pod.name} is {pod.status}" for pod in new if pod not in available]
-                states = ", ".join(waiting) or how
-                raise TimeoutError(f"{name} was not rolled out in {seconds:g} s: {states}.")
             time.sleep(TICK_SECONDS)
+        raise TimeoutError("timed out waiting for the condition")
 
-    def delete_pod(self, name: str) -> None:
-        """End a pod with its grace, and wait for it; its Deployment makes another one."""
+    def delete_pod(self, name: str, grace: float = math.inf) -> None:
+        """End a pod with its grace, or less, and wait for it; its Deployment makes another one."""
         pod = self.pod(name)
+        pod.grace = min(pod.grace, grace)
         pod.ending.set()
         pod.gone.wait()
 
-    def kill(self, name: str) -> None:
-        """End a container's first process with SIGKILL, as a crash or an empty memory would."""
-        self.engine.signal(self.pod(name), signal.SIGKILL)
+    def exec(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command with a pod's variables and folder; its errors are among its output."""
+        options = self._options(self.pod(name), [*command]) | {"stdout": subprocess.PIPE}
+        return subprocess.run(**options, text=True, timeout=60)
 
-    def logs(self, name: str) -> str:
-        """Return what a pod has printed since its container was started last."""
-        return self.pod(name).log.read_text(errors="replace")
-
-    def exec(self, name: str, *command: str) -> str:
-        """Run a command inside a pod, and return what it prints."""
-        return self.engine.run(self.pod(name), list(command), 60).stdout
-
-    def port_forward(self, target: str, port: int | str | None = None, local_port: int = 0) -> int:
+    def forward(self, target: str, port: int | str | None = None, local_port: int = 0) -> int:
         """Forward a port of this machine to ONE pod, `pod/NAME` or the first of `service/NAME`.
 
         Returns:
-            the port on this machine, which is open until the rehearsal ends.
+            the port on this machine; what it was forwarded to before is forgotten.
         """
-        kind, name = target.split("/")
+        kind, _, name = target.partition("/")
         if kind == "service":
-            ready = self._ready(name)
+            ready, port = self.ready_pods(name), self.target_port(name, port)
             if not ready:
-                raise ValueError(f"No pod of the Service {name} is ready.")
-            pod, port = ready[0], self._target_port(name, port)
-        else:
-            pod = self.pod(name)
-        return self._listen(lambda: pod.address(port), local_port)
+                raise ValueError(f"no pod of the Service {name} is ready")
+        pod = ready[0] if kind == "service" else self.pod(name)
+        if local_port in self.doors:
+            self.doors.pop(local_port).close()
+        require_free_ports(*filter(None, [local_port]))
+        door = Door(lambda: pod.address(port), local_port)
+        self.doors[door.server_address[1]] = door
+        return door.server_address[1]
 
-    def expose(self, service: str, port: int | str | None = None, local_port: int = 0) -> int:
-        """Open a port of this machine that sends each connection to some ready pod of a Service.
+    def expose(self, service: str, port: int | str | None = None) -> int:
+        """Return a port of this machine that sends each connection to some ready pod of a Service.
 
         It does what kube-proxy does on every node, and learns of changes as late.
         """
-        target_port = self._target_port(service, port)
+        target = self.target_port(service, port)
 
-        def choose() -> str | None:
-            pods = self.endpoints.get(service, [])
-            return secrets.choice(pods).address(target_port) if pods else None
+        def choose() -> str:
+            pods = self.endpoints.get(service)
+            return secrets.choice(pods).address(target) if pods else "127.0.0.1:1"
 
-        return self._listen(choose, local_port)
-
-    def get(self, kind: str) -> str:
-        """Return a table as of `kubectl get`: of pods, deployments, services, endpointslices."""
         with self.lock:
-            rows = getattr(self, f"_{kind}_rows")()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("   ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join(lines)
+            if (service, target) not in self.doors:
+                self.doors[service, target] = Door(choose)
+            return self.doors[service, target].server_address[1]
 
-    def describe(self, name: str) -> str:
-        """Return what is known about a pod, its events last."""
-        pod = self.pod(name)
-        lines = [f"Name:      {name}", f"Image:     {pod.image}", f"State:     {pod.status}"]
-        lines += [f"Last exit: {pod.last_exit}"] * bool(pod.last_exit)
-        lines += [f"Ready:     {pod.ready}", f"Restarts:  {pod.restarts}", "Events:"]
-        for when, what, reason, message in self.events:
-            if what == f"pod/{name}":
-                lines.append(f"  {self._age(self.born + when):>4} ago   {reason:<10} {message}")
-        return "\n".join(lines)
+    # --- What there is ----------------------------------------------------------------------------
 
     def pods(self, deployment: str | None = None) -> list[Pod]:
         """Return the pods, of one Deployment or of all, oldest first."""
@@ -304,286 +211,216 @@ class Rehearsal:
                 return pod
         raise ValueError(f'pods "{name}" not found')
 
-    def not_shown(self) -> list[str]:
-        """Say in sentences what this rehearsal does not show."""
-        kinds = sorted({kind for kind, _ in self.objects} - set(REHEARSED) - {"Namespace"})
-        missing = ["There is no scheduler, no node, no API server and no cluster DNS."]
-        if kinds:
-            missing.append(f"These objects have no effect: {', '.join(kinds)}.")
-        if isinstance(self.engine, Containers):
-            missing.append("No image is pulled: only those count that this Docker has.")
-            missing.append("Docker's DNS names a pod as soon as it runs, ready or not.")
-            if names := [name for name in self.named("Service") if self._translates(name)]:
-                behind = f"For containers, {' and '.join(names)} means the pods' own ports"
-                missing.append(f"{behind}: Docker's network does not translate a Service's ports.")
-        else:
-            missing.append(
-                "Pods are processes of yours: no image, no limits, no user of their own."
-            )
-            missing.append("Addresses, ports and paths in commands are replaced by this machine's.")
-        return missing
-
-    # --- Objects ----------------------------------------------------------------------------------
-
-    def _take(self, manifests: str) -> None:
-        for manifest in filter(None, yaml.safe_load_all(manifests)):
-            key = manifest["kind"], manifest["metadata"]["name"]
-            if key[0] == "Deployment":
-                template = manifest["spec"]["template"]
-                pod = template["spec"]
-                if len(pod["containers"]) != 1 or pod.get("initContainers"):
-                    raise ValueError(f"{key[1]} has more than one container a pod: not rehearsed.")
-                history = self.revisions.setdefault(key[1], [])
-                if template in history:
-                    history.remove(template)
-                history.append(template)
-            self.objects[key] = manifest
-
     def named(self, kind: str) -> dict[str, Manifest]:
         """Return the objects of a kind, by name."""
         return {name: each for (k, name), each in self.objects.items() if k == kind}
 
-    def deployment(self, name: str) -> Manifest:
-        """Return a Deployment as it is now."""
-        return self.objects["Deployment", name]
+    def object(self, kind: str, name: str) -> Manifest:
+        """Return an object by its kind and name."""
+        if (kind, name) not in self.objects:
+            group = ".apps" if kind == "Deployment" else ""
+            raise ValueError(f'{kind.lower()}s{group} "{name}" not found')
+        return self.objects[kind, name]
 
-    def _service(self, name: str) -> Manifest:
-        if ("Service", name) not in self.objects:
-            raise ValueError(f'services "{name}" not found')
-        return self.objects["Service", name]
-
-    @property
-    def namespace(self) -> str:
-        """The namespace of the objects, which is one."""
-        spaces = {each["metadata"].get("namespace", "default") for each in self.workloads()}
-        return spaces.pop() if len(spaces) == 1 else "default"
-
-    def workloads(self) -> list[Manifest]:
-        """Return the objects that are rehearsed."""
-        return [each for (kind, _), each in self.objects.items() if kind in REHEARSED]
-
-    def data(self, kind: str, name: str) -> dict[str, str]:
-        """Return what a ConfigMap or a Secret holds."""
-        found = self.objects.get((kind, name))
-        if found is None:
-            raise ValueError(f'{kind.lower()} "{name}" not found')
-        coded = found.get("data") or {}
-        if kind == "Secret":
-            coded = {key: base64.b64decode(text).decode() for key, text in coded.items()}
-        return coded | found.get("stringData", {})
-
-    def services_of(self, labels: dict[str, str]) -> list[str]:
-        """Return the names of the Services that select pods with these labels."""
-        selectors = {n: s["spec"].get("selector") for n, s in self.named("Service").items()}
-        return [n for n, s in selectors.items() if s and s.items() <= labels.items()]
-
-    def deployments_behind(self, service: str) -> list[str]:
-        """Return the names of the Deployments whose pods a Service selects."""
-        templates = {n: d["spec"]["template"] for n, d in self.named("Deployment").items()}
-        return [
-            n for n, t in templates.items() if service in self.services_of(t["metadata"]["labels"])
-        ]
-
-    def _target_port(self, service: str, port: int | str | None) -> int | str:
-        ports = self._service(service)["spec"]["ports"]
-        for each in ports:
-            if port in (None, each["port"], each.get("name")):
-                return each.get("targetPort", each["port"])
-        raise ValueError(f"The Service {service} has no port {port}.")
-
-    def _replicas(self, deployment: str) -> int:
+    def replicas(self, deployment: str) -> int:
         """Return how many pods there shall be: without replicas, an autoscaler's least number."""
         least = [
             autoscaler["spec"].get("minReplicas", 1)
             for autoscaler in self.named("HorizontalPodAutoscaler").values()
             if autoscaler["spec"]["scaleTargetRef"]["name"] == deployment
         ]
-        return self.deployment(deployment)["spec"].get("replicas", max(least, default=1))
+        spec = self.object("Deployment", deployment)["spec"]
+        return spec.get("replicas", max(least, default=1))
 
-    def _translates(self, service: str) -> bool:
-        """Say whether a Service has a port that is another one in its pods."""
-        behind = self.deployments_behind(service)
-        containers = [self.deployment(n)["spec"]["template"]["spec"]["containers"] for n in behind]
-        return any(
-            port_number(container, port.get("targetPort", port["port"])) != port["port"]
-            for port in self._service(service)["spec"]["ports"]
-            for (container,) in containers
-        )
-
-    def _revision(self, deployment: str) -> str:
-        template = json.dumps(self.deployment(deployment)["spec"]["template"], sort_keys=True)
-        digest = hashlib.sha256(template.encode()).digest()[:8]
+    def revision(self, deployment: str) -> str:
+        """Return the hash of the pod template that a Deployment has now."""
+        template = self.object("Deployment", deployment)["spec"]["template"]
+        digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).digest()[:8]
         return "".join(LETTERS[byte % len(LETTERS)] for byte in digest)
 
-    def note(self, what: str, reason: str, message: str) -> None:
-        """Record an event."""
-        self.events.append((time.monotonic() - self.born, what, reason, message))
+    def ready_pods(self, service: str) -> list[Pod]:
+        """Return the pods that a Service may send requests to."""
+        pods = [pod for pod in self.pods() if pod.owner in self._templates_behind(service)]
+        return [pod for pod in pods if pod.ready and not pod.ending.is_set()]
+
+    def target_port(self, service: str, port: int | str | None = None) -> int | str:
+        """Return the port of the pods that a Service's port leads to, by default its first one."""
+        for each in self.object("Service", service)["spec"]["ports"]:
+            if port in (None, each["port"], each.get("name")):
+                return each.get("targetPort", each["port"])
+        raise ValueError(f"the Service {service} has no port {port}")
+
+    def _templates_behind(self, service: str) -> dict[str, Manifest]:
+        """Return the pod templates that a Service selects, by the names of their Deployments."""
+        selector = self.object("Service", service)["spec"]["selector"].items()
+        templates = {n: d["spec"]["template"] for n, d in self.named("Deployment").items()}
+        return {n: t for n, t in templates.items() if selector <= t["metadata"]["labels"].items()}
 
     # --- The controllers --------------------------------------------------------------------------
 
     def _control(self) -> None:
         for number in itertools.count():
             with self.lock:
-                self.all_pods = [pod for pod in self.all_pods if not pod.gone.is_set()]
+                self.all_pods = self.pods()
                 for name in self.named("Deployment"):
                     self._reconcile(name)
                 if number % max(1, round(ENDPOINTS_SECONDS / TICK_SECONDS)) == 0:
-                    self.endpoints = {name: self._ready(name) for name in self.named("Service")}
+                    self.endpoints = {name: self.ready_pods(name) for name in self.named("Service")}
             if self.over.wait(TICK_SECONDS):
                 return
 
-    def _ready(self, service: str) -> list[Pod]:
-        self._service(service)
-        return [
-            pod
-            for pod in self.pods()
-            if pod.ready and not pod.ending.is_set() and service in self.services_of(pod.labels)
-        ]
-
-    def _is_available(self, pod: Pod) -> bool:
-        least = self.deployment(pod.owner)["spec"].get("minReadySeconds", 0)
-        return pod.ready and time.monotonic() - pod.ready_since >= least
-
     def _reconcile(self, name: str) -> None:
         """Take one step towards a Deployment's pods, within maxSurge and maxUnavailable."""
-        spec = self.deployment(name)["spec"]
-        wanted, revision = self._replicas(name), self._revision(name)
+        spec = self.object("Deployment", name)["spec"]
+        wanted, revision = self.replicas(name), self.revision(name)
         live = [pod for pod in self.pods(name) if not pod.ending.is_set()]
         new = [pod for pod in live if pod.revision == revision]
         old = [pod for pod in live if pod.revision != revision]
-        strategy = spec.get("strategy", {})
-        if strategy.get("type") == "Recreate":
-            surge, unavailable = 0, wanted
-            if old or any(pod.revision != revision for pod in self.pods(name)):
-                return self._end(old, name)
-        else:
-            rolling = strategy.get("rollingUpdate") or {}
-            surge = absolute(rolling.get("maxSurge", "25%"), wanted, math.ceil)
-            unavailable = absolute(rolling.get("maxUnavailable", "25%"), wanted, math.floor)
-            unavailable = unavailable or int(not surge)
+        rolling = spec.get("strategy", {}).get("rollingUpdate") or {}
+        surge = manifests.absolute(rolling.get("maxSurge", "25%"), wanted, math.ceil)
+        fewer = manifests.absolute(rolling.get("maxUnavailable", "25%"), wanted, math.floor)
+        least = wanted - (fewer or int(not surge))
         for _ in range(min(wanted - len(new), wanted + surge - len(live))):
-            pod = Pod(self, name, spec["template"], revision)
-            self.all_pods.append(pod)
-            pod.thread.start()
+            taken = {pod.place for pod in self.pods(name)}
+            place = next(number for number in itertools.count() if number not in taken)
+            template = spec["template"]
+            self.all_pods.append(Pod(name, revision, template, place, self.folder, self._launch))
         # The new ones that are too many go, the youngest first, those that are not ready before.
         surplus = sorted(new, key=lambda pod: (pod.ready, -pod.born))[: max(0, len(new) - wanted)]
-        self._end(surplus, name)
         # Of the old ones those that serve nobody may go at once, the others only when not missed.
-        spare = len(live) - (wanted - unavailable) - sum(not self._is_available(p) for p in new)
-        idle = [pod for pod in old if not self._is_available(pod)]
-        self._end(idle[: max(0, spare)], name)
-        serving = [pod for pod in old if self._is_available(pod)]
-        available = len(serving) + sum(map(self._is_available, new))
-        self._end(serving[: max(0, available - (wanted - unavailable))], name)
-
-    def _end(self, pods: list[Pod], deployment: str) -> None:
-        for pod in pods:
-            self.note(f"deployment/{deployment}", "ScalingReplicaSet", f"Deleted pod {pod.name}")
+        spare = max(0, len(live) - least - sum(not pod.ready for pod in new))
+        idle = [pod for pod in old if not pod.ready][:spare]
+        serving = [pod for pod in old if pod.ready]
+        unmissed = max(0, len(serving) + sum(pod.ready for pod in new) - least)
+        for pod in [*surplus, *idle, *serving[:unmissed]]:
             pod.ending.set()
 
-    # --- Tables and ports -------------------------------------------------------------------------
+    # --- Processes --------------------------------------------------------------------------------
 
-    def _pods_rows(self) -> list[list[str]]:
-        rows = [["NAME", "READY", "STATUS", "RESTARTS", "AGE"]]
-        for pod in self.pods():
-            ready, age = f"{int(pod.ready)}/1", self._age(pod.born)
-            rows.append([pod.name, ready, pod.status, str(pod.restarts), age])
-        return rows
+    def _launch(self, pod: Pod) -> subprocess.Popen:
+        """Start the manifest's command, or that of the image's Dockerfile."""
+        if pod.image not in self.images:
+            raise LookupError(f'Failed to pull image "{pod.image}": nobody has built it here')
+        image, own = self.images[pod.image], "command" in pod.container
+        words = pod.container.get("command", image.entrypoint)
+        words = [*words, *pod.container.get("args", [] if own else image.command)]
+        pod.ports = self._ports_at(pod.owner, pod.place)
+        with pod.log.open("wb") as log:
+            return subprocess.Popen(**self._options(pod, words) | {"stdout": log})
 
-    def _deployments_rows(self) -> list[list[str]]:
-        rows = [["NAME", "READY", "UP-TO-DATE", "AVAILABLE", "AGE"]]
-        for name in self.named("Deployment"):
-            pods, revision = self.pods(name), self._revision(name)
-            ready = f"{sum(pod.ready for pod in pods)}/{self._replicas(name)}"
-            new = sum(pod.revision == revision and not pod.ending.is_set() for pod in pods)
-            available = sum(map(self._is_available, pods))
-            rows.append([name, ready, str(new), str(available), self._age(self.born)])
-        return rows
+    def _options(self, pod: Pod, words: list[str]) -> dict[str, Any]:
+        """Return what `subprocess` needs to run a command as in a pod's container."""
+        asked = manifests.environment(pod.container, self._secret)
+        here = dict(zip(asked, self._here(pod, [*asked.values()]), strict=True))
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        own = {"PATH": path, "PYTHONUNBUFFERED": "1", "REHEARSAL": self.id}
+        return {
+            "args": self._here(pod, words),
+            "cwd": self.images[pod.image].context,
+            "env": {**os.environ, **own, **here},
+            "stdin": subprocess.DEVNULL,
+            "stderr": subprocess.STDOUT,
+            "start_new_session": True,
+        }
 
-    def _services_rows(self) -> list[list[str]]:
-        rows = [["NAME", "TYPE", "PORT(S)", "SELECTOR"]]
-        for name, service in self.named("Service").items():
-            spec = service["spec"]
-            ports = ",".join(f"{each['port']}/TCP" for each in spec["ports"])
-            selector = ",".join(f"{k}={v}" for k, v in spec.get("selector", {}).items())
-            rows.append([name, spec.get("type", "ClusterIP"), ports, selector])
-        return rows
+    def _secret(self, name: str) -> dict[str, str]:
+        secret = self.object("Secret", name)
+        coded = secret.get("data", {}).items()
+        data = {key: base64.b64decode(text).decode() for key, text in coded}
+        return data | secret.get("stringData", {})
 
-    def _endpointslices_rows(self) -> list[list[str]]:
-        rows = [["NAME", "ENDPOINTS"]]
-        for name in self.named("Service"):
-            ready = [pod.name for pod in self._ready(name)]
-            rows.append([name, ",".join(ready) or "<none>"])
-        return rows
+    def _here(self, pod: Pod, words: list[str]) -> list[str]:
+        """Replace the addresses, ports and paths of a cluster by those of this machine."""
+        names = "|".join(self.named("Service")) or "(?!)"
+        end = rf"(?:\.{self.namespace}(?:\.svc(?:\.cluster\.local)?)?)?"
+        rules = {rf"(?:dns:///)?(?<![\w.-])(?P<service>{names}){end}:(?P<port>\d+)": ""}
+        for inside, here in sorted(self.images[pod.image].paths.items(), reverse=True):
+            rules[re.escape(inside) + r"(?![\w.-])"] = here
+        rules |= {r"(?<![\d.])0\.0\.0\.0(?![\d.])": "127.0.0.1", "^python3?$": sys.executable}
+        rules |= {rf"(?<![\w.]){number}(?!\w)": str(own) for number, own in pod.ports.items()}
 
-    @staticmethod
-    def _age(since: float) -> str:
-        seconds = int(time.monotonic() - since)
-        return f"{seconds}s" if seconds < 120 else f"{seconds // 60}m"
+        def replace(match: re.Match[str]) -> str:
+            if match["service"]:
+                return self._service_address(match["service"], int(match["port"]))
+            return next(new for old, new in rules.items() if re.fullmatch(old, match[0]))
 
-    def _listen(self, choose: Callable[[], str | None], local_port: int) -> int:
-        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            others: asyncio.StreamWriter | None = None
-            task = asyncio.current_task()
-            self.carrying.add(task)  # else nobody but itself would know of it, and it might vanish
-            try:
-                host, port = (choose() or "127.0.0.1:1").split(":")
-                answers, others = await asyncio.open_connection(host, int(port))
-                await asyncio.gather(copy(reader, others), copy(answers, writer))
-            except OSError:
-                writer.transport.abort()
-            except asyncio.CancelledError:
-                pass  # the rehearsal is over; Python 3.11 would report a cancelled task as an error
-            finally:
-                self.carrying.discard(task)
-                for each in filter(None, (writer, others)):
-                    each.close()
+        return [re.sub("|".join(rules), replace, word) for word in words]
 
-        listening = asyncio.start_server(carry, "127.0.0.1", local_port)
-        server = asyncio.run_coroutine_threadsafe(listening, self.loop).result(timeout=10)
-        self.servers.append(server)
-        return server.sockets[0].getsockname()[1]
+    def _service_address(self, name: str, port: int) -> str:
+        """Return what stands for `name:port` here: all places of its pods, or a balanced port."""
+        if self.object("Service", name)["spec"].get("clusterIP") != "None":
+            return f"127.0.0.1:{self.expose(name, port)}"
+        target, behind = self.target_port(name, port), self._templates_behind(name)
+        if not behind:  # a cluster's DNS would know its pods later; a process is told once
+            raise ValueError(f"Error: no Deployment makes pods for the Service {name} yet")
+        return ",".join(
+            f"127.0.0.1:{self._ports_at(each, n)[manifests.port_number(container(its), target)]}"
+            for each, its in behind.items()
+            for n in range(PLACES)
+        )
 
-    async def _stop_listening(self) -> None:
-        for server in self.servers:
-            server.close()
-        carrying = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in carrying:
-            task.cancel()
-        await asyncio.gather(*carrying, return_exceptions=True)
+    def _ports_at(self, deployment: str, place: int) -> dict[int, int]:
+        """Return the ports on this machine that pods have in one of a Deployment's places."""
+        with self.lock:
+            if (deployment, place) not in self.places:
+                its = container(self.object("Deployment", deployment)["spec"]["template"])
+                own = {number: next(self.ports) for number in manifests.port_numbers(its)}
+                self.places[deployment, place] = own
+            return self.places[deployment, place]
 
+    def _free_ports(self) -> Iterator[int]:
+        """Yield ports that nobody listens at, from hundreds that no other rehearsal has claimed.
 
-def absolute(value: int | str, of: int, rounded: Callable[[float], int]) -> int:
-    """Read maxSurge or maxUnavailable: a number, or a percentage of the replicas."""
-    text = str(value)
-    return rounded(of * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+        They are below those that the system gives to outgoing connections, 32768 and more on Linux.
+        """
+        while True:
+            first = 26_000 + 100 * secrets.randbelow(60)
+            with suppress(OSError):
+                self.claims.append(socket.create_server(("127.0.0.1", first)))
+                yield from (port for port in range(first + 1, first + 100) if not is_busy(port))
 
 
-async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+class Door(socketserver.ThreadingTCPServer):
+    """A port of this machine, each of whose connections goes to the address that is chosen."""
+
+    daemon_threads = allow_reuse_address = True
+    request_queue_size = 128
+
+    def __init__(self, choose: Callable[[], str], port: int = 0):
+        super().__init__(("127.0.0.1", port), socketserver.BaseRequestHandler)
+        self.choose = choose
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def finish_request(self, request: Any, client_address: object) -> None:
+        """Carry what one side sends to the other, until both have said all."""
+        host, port = self.choose().split(":")
+        with suppress(OSError), socket.create_connection((host, int(port))) as other:
+            answers = threading.Thread(target=pass_on, args=(other, request), daemon=True)
+            answers.start()
+            pass_on(request, other)
+            answers.join()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self.shutdown()
+        self.server_close()
+
+
+def pass_on(source: socket.socket, target: socket.socket) -> None:
     """Pass on what one side sends, its end included."""
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
     with suppress(OSError):
-        writer.write_eof()
-
-
-def remove_leftovers(rehearsal: str, engine: str, folder: str) -> None:
-    """End and remove what a rehearsal has started, if anything is left of it."""
-    if engine == Containers.__name__:
-        left = docker("ps", "--all", "--quiet", f"--filter=label=rehearsal={rehearsal}").split()
-        if left:
-            docker("rm", "--force", "--volumes", *left, must=False)
-        docker("network", "rm", f"rehearsal-{rehearsal}", must=False)
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get("REHEARSAL") == rehearsal:
-                process.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+        while data := source.recv(65536):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 if __name__ == "__main__":
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     sys.stdin.read()  # until the program that rehearses ends, however it does
-    remove_leftovers(*sys.argv[1:])
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get("REHEARSAL") == sys.argv[1]:
+                process.kill()
+    shutil.rmtree(sys.argv[2], ignore_errors=True)

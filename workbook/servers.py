@@ -3,11 +3,14 @@
 import atexit
 import socket
 import subprocess
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import psutil
+from tqdm import tqdm
 
 running: dict[str, subprocess.Popen] = {}
 
@@ -71,3 +74,20 @@ def is_busy(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
         return True
     return False
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
+    """Wait until something is true, with a clock that shows how long; TimeoutError if it stays so.
+
+    Args:
+        condition: what is asked five times a second.
+        what: the same in words, for the clock.
+        seconds: how long to wait at most.
+    """
+    deadline = time.monotonic() + seconds
+    with tqdm(bar_format=f"until {what}: {{elapsed}}", file=sys.stdout) as clock:
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"It took more than {seconds:g} s until {what}.")
+            time.sleep(0.2)
+            clock.update()

@@ -1,0 +1,305 @@
+"""kubectl's commands in a rehearsal: what they print, held against what kubectl itself printed."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, eventually, free_port
+from helpers.manifests import KUBE, run_kustomize
+
+from workbook import servers
+from workbook.cluster import Cluster
+from workbook.kubectl import Client, Kubectl, aligned, words_of
+
+RECORDED = (ROOT / "tests/recorded/kubectl.txt").read_text()
+EMBEDDED = Cluster("embedded", "asked for")
+Say = Callable[..., str]
+
+
+def recorded(command: str) -> list[str]:
+    """What kubectl printed, as often as this command was recorded."""
+    found = re.findall(rf"^\$ kubectl {command}\n(.*?)\n(?=\n\$|\n*\Z)", RECORDED, re.M | re.S)
+    assert found, command
+    return found
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of a table, or the words and values of a description, line by line.
+
+    What differs from pod to pod and from moment to moment is replaced by a word for it.
+    """
+    text = re.sub(r"\bping-[a-z0-9]{8,10}-[a-z0-9]{5}\b", "POD", text)
+    text = re.sub(r"\b(?:127|10)\.\d+\.\d+\.\d+(?::\d+)?", "ADDRESS", text)
+    text = re.sub(r"(?<=[ (])(?:\d+m)?\d+s\b|(?<= )\d+m\b", "TIME", text)
+    return [re.split(" {2,}", line.strip()) for line in text.splitlines()]
+
+
+def assert_describes(told: str, pod: str) -> None:
+    """Assert that lines are some of those that kubectl told of a pod, in its order.
+
+    How often an event was seen, and so which was the last, is left to chance.
+    """
+    about, events = re.sub(r"\(x\d+ over \w+\)", "", told).split("Events:\n")
+    its, its_events = re.sub(r"\(x\d+ over \w+\)", "", recorded(f"describe pod {pod}")[0]).split(
+        "Events:\n"
+    )
+    lines = iter(cells(its))
+    for line in cells(about):
+        assert line in lines, line
+    assert len(events.splitlines()) > 2
+    for line in cells(events):
+        assert line in cells(its_events), line
+
+
+@pytest.fixture
+def kubectl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubectl]:
+    """The rehearsal of lesson 06, with its image and no object yet."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    kubectl = Kubectl(EMBEDDED, "ping")
+    kubectl.load("ping:001", "kube-config/ping/Dockerfile", context="kube-config/ping")
+    yield kubectl
+    kubectl.close()
+
+
+@pytest.fixture
+def say(kubectl: Kubectl, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Do a command, and return what it printed below the line that says who did it."""
+
+    def say(command: str, check: bool = True) -> str:
+        capsys.readouterr()
+        kubectl(command, check)
+        first, _, rest = capsys.readouterr().out.partition("\n")
+        assert first == f"rehearsal: {command}"
+        return rest.removesuffix("\n")
+
+    return say
+
+
+def test_objects_are_applied_in_kubectls_words(say: Say, tmp_path: Path) -> None:
+    first, again = recorded("apply --kustomize kube-config/ping")
+    assert say("apply --kustomize kube-config/ping") == first
+    assert say("apply --kustomize=kube-config/ping") == again
+    folder = tmp_path.resolve()
+    overlay = {"resources": ["../ping"], "images": [{"name": "ping", "newTag": "002"}]}
+    (folder / "own").mkdir()
+    (folder / "ping").symlink_to(KUBE / "ping")
+    (folder / "own/kustomization.yaml").write_text(json.dumps(overlay))
+    text = say(f"apply --kustomize {folder / 'own'}")
+    assert [text] == recorded("apply --kustomize OVERLAY")
+
+
+def test_all_kinds_have_the_names_that_kubectl_gives_them(say: Say) -> None:
+    assert [say("apply --kustomize kube-config/base")] == recorded(
+        "apply --kustomize kube-config/base"
+    )
+    file = "create --save-config --filename kube-config/ping/ping-namespace.yaml"
+    assert [say(file)] == recorded(file)
+    tier = "app.kubernetes.io/component=gateway"
+    chosen = say(f"apply --kustomize kube-config/base --selector={tier}").splitlines()
+    assert len(chosen) == 6 and all(line.endswith("/gateway unchanged") for line in chosen)
+
+
+def test_rollouts_are_told_as_kubectl_tells_them(say: Say, kubectl: Kubectl) -> None:
+    say("apply --kustomize kube-config/ping")
+    say("rollout status deployment/ping --timeout 60s")
+    undo, nothing = recorded("rollout undo deployment/ping")
+    with pytest.raises(RuntimeError, match="This failed, see above: kubectl rollout undo"):
+        kubectl("rollout undo deployment/ping")
+    assert say("rollout undo deployment/ping", check=False) == nothing
+    scale = "scale deployment/ping --replicas 3"
+    assert [say(scale)] == recorded(scale)
+    lines = {*recorded("rollout status deployment/ping")[0].splitlines()}
+    told = say("rollout status deploy/ping").splitlines()
+    assert told[-1] in lines
+    assert {re.sub(r"\d", "N", line) for line in told} <= {
+        re.sub(r"\d", "N", line) for line in lines
+    }
+    change = "set image deployment/ping ping=ping:002"
+    assert [say(change)] == recorded(change)
+    status = "rollout status deployment/ping --timeout 1s"
+    assert say(status, check=False).splitlines()[-1] == recorded(status)[0].splitlines()[-1]
+    assert say("rollout undo deployment/ping") == undo
+    say("rollout status deployment ping")
+    assert [say("rollout restart deployment/ping")] == recorded("rollout restart deployment/ping")
+
+
+def test_pods_are_listed_described_and_deleted_as_kubectl_does(say: Say, kubectl: Kubectl) -> None:
+    assert say("get pods") == "No resources found in ping namespace."
+    say("apply --kustomize kube-config/ping")
+    say("rollout status deployment/ping --timeout 60s")
+    (pod,) = kubectl.pods("ping")
+    (table,), (both,) = recorded("get pods"), recorded("get deployments,pods")
+    header, running, restarted, _ = cells(table)
+    assert cells(say("get pods")) == [header, running]
+    assert cells(say(f"get pod {pod.name}")) == cells(say("get po")) == [header, running]
+    kubectl.kill(pod.name)
+    eventually(lambda: kubectl.pods("ping") == [(pod.name, True, 1)], "it is started again")
+    assert cells(say("get pods")) == [header, restarted]
+    expected = cells(both.replace("3/3     3            3", "1/1     1            1"))
+    shown = cells(say("get deploy,po"))
+    assert shown == [*expected[:4], expected[5]]
+
+    assert_describes(say(f"describe pod {pod.name}"), "ping-6d8f9c7b54-7qk9w")
+
+    delete = f"delete pod {pod.name}"
+    assert cells(say(delete)) == cells(recorded("delete pod ping-6d8f9c7b54-2xk4p")[0])
+    say("rollout status deployment/ping")
+    (pod,) = [each for each in kubectl.pods("ping") if each.ready]
+    force = f"delete pod {pod.name} --force --grace-period 0"
+    told = recorded("delete pod ping-6d8f9c7b54-7qk9w --force --grace-period 0")
+    assert cells(say(force)) == cells(told[0])
+
+
+def test_an_image_that_nobody_has_built_is_described_as_kubectl_does(
+    say: Say, kubectl: Kubectl
+) -> None:
+    assert kubectl.rehearsal
+    del kubectl.rehearsal.images["ping:001"]
+    say("apply --kustomize kube-config/ping")
+    (pod,) = eventually(lambda: kubectl.pods("ping"), "there is a pod")
+    eventually(lambda: "ImagePullBackOff" in say("get pods"), "it waits")
+    found = say(f"describe pod {pod.name}").replace("ping:001", "ping:002")
+    assert_describes(found.replace("ImagePullBackOff", "ErrImagePull"), "ping-79b5d8c6f4-x8l2m")
+
+
+def test_services_and_their_endpoints_are_listed_as_kubectl_does(
+    say: Say, kubectl: Kubectl
+) -> None:
+    assert kubectl.rehearsal
+    services = [each for each in run_kustomize(KUBE / "base") if each["kind"] == "Service"]
+    services[0]["spec"]["type"] = "LoadBalancer"
+    kubectl.rehearsal.apply(yaml.safe_dump_all(services))
+    say("apply --kustomize kube-config/ping")
+    assert cells(say("get svc")) == cells(recorded("get services")[0])
+    assert cells(say("get service ping"))[1:] == cells(recorded("get services")[0])[3:]
+    say("scale deployment ping --replicas=3")
+    say("rollout status deployment/ping")
+    header, row = cells(recorded("get endpointslices")[0])
+    shown = cells(say("get endpointslices"))
+    assert shown[0] == header and shown[-1][1:] == row[1:]
+
+
+@pytest.mark.parametrize("kinds", ["pods", "services", "deployments", "endpointslices"])
+def test_tables_are_laid_out_as_kubectl_lays_them_out(kinds: str) -> None:
+    (table,) = recorded(f"get {kinds}")
+    assert aligned([re.split(" {2,}", line) for line in table.splitlines()], gap=3) == table
+
+
+def test_events_are_laid_out_as_kubectl_lays_them_out() -> None:
+    (told,) = recorded("describe pod ping-6d8f9c7b54-7qk9w")
+    events = told.partition("Events:\n")[2]
+    table = [re.split(" {2,}", line.strip()) for line in events.splitlines()]
+    assert aligned(table, gap=2, indent="  ") == events
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("get pods nobody", "get services nobody", "describe pod nobody", "delete pod nobody"),
+        *("exec nobody -- id", "rollout status deployment/nobody"),
+        "scale deployment/nobody --replicas 2",
+    ],
+)
+def test_what_is_not_there_is_not_found(command: str, say: Say, kubectl: Kubectl) -> None:
+    assert [say(command, check=False)] == recorded(command)
+    with pytest.raises(RuntimeError, match=re.escape(f"This failed, see above: kubectl {command}")):
+        kubectl(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            "get all",
+            "get hpa",
+            "get pods --watch",
+            "get nodes",
+            "describe service ping",
+            "top pods",
+        ),
+        *("apply --filename x.yaml", "logs ping --follow", "delete deployment ping", "get"),
+    ],
+)
+def test_what_a_rehearsal_does_not_know_is_refused_in_a_sentence(
+    command: str, kubectl: Kubectl
+) -> None:
+    """Also where a command may fail."""
+    with pytest.raises(NotImplementedError, match=r"^A rehearsal (does not know: kubectl|has no)"):
+        kubectl(command, check=False)
+
+
+def test_a_command_runs_inside_and_its_failure_is_told(say: Say, kubectl: Kubectl) -> None:
+    say("apply --kustomize kube-config/ping")
+    say("rollout status deployment/ping --timeout 60s")
+    assert say("exec deployment/ping -- sh -c 'echo in $REHEARSAL'").startswith("in ")
+    told = say("exec deployment/ping -- sh -c 'echo so; exit 3'", check=False)
+    assert told == "so\nerror: command terminated with exit code 3"
+    for target in ("deployment/ping", "deploy/ping", kubectl.pods("ping")[0].name):
+        assert "Starting gunicorn" in say(f"logs {target}")
+
+
+def test_words_are_read_as_kubectl_reads_them() -> None:
+    assert words_of("scale deploy/ping --replicas=3 --") == (
+        ["scale", "deployments", "ping", "--replicas", "3"],
+        [],
+    )
+    assert words_of("exec po/a -- sh -c 'b --c=d'") == (
+        ["exec", "pods", "a"],
+        ["sh", "-c", "b --c=d"],
+    )
+    assert words_of("get svc,deployment.apps a/b")[0] == ["get", "services,deployment.apps", "a/b"]
+
+
+# --- Cells that are run again ---------------------------------------------------------------------
+
+
+def test_another_kubectl_takes_the_place_of_the_one_before(kubectl: Kubectl) -> None:
+    kubectl("apply --kustomize kube-config/ping")
+    kubectl("rollout status deployment/ping")
+    port = free_port()
+    kubectl.forward("service/ping", 80, port)
+    again = Kubectl(EMBEDDED, "ping")
+    try:
+        assert kubectl.rehearsal and again.rehearsal
+        assert not kubectl.rehearsal.folder.exists() and not kubectl.rehearsal.pods()
+        assert again.pods("ping") == [] and not servers.is_busy(port)
+    finally:
+        again.close()
+        again.close()  # as a cell of cleaning up that is run twice does
+
+
+def test_a_client_that_starts_again_replaces_the_one_before(
+    kubectl: Kubectl, tmp_path: Path
+) -> None:
+    kubectl("apply --kustomize kube-config/ping")
+    kubectl("rollout status deployment/ping")
+    assert kubectl.rehearsal
+    service = yaml.safe_load((KUBE / "ping/ping-service.yaml").read_text())
+    service["metadata"]["name"] = "gateway"
+    kubectl.rehearsal.apply(yaml.safe_dump(service))
+    (tmp_path / "client.py").write_text(
+        "import sys, time\n"
+        "while True:\n"
+        "    print(time.time(), 'version 1 of', sys.argv[1], flush=True)\n"
+        "    time.sleep(0.01)\n"
+    )
+    client = Client(kubectl, str(tmp_path), tmp_path / "notes")
+    before = servers.running["client"]
+    client = Client(kubectl, str(tmp_path), tmp_path / "notes")
+    assert before.poll() is not None and servers.running["client"].poll() is None
+    assert client.answers()[0][1].startswith("version 1 of http://localhost:")
+    client.close()
+    assert "client" not in servers.running
+
+
+def test_waiting_shows_a_clock_and_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    moments = iter([False, False, True])
+    servers.wait_until(lambda: next(moments), "the third time")
+    assert re.search(r"until the third time: 00:0\d", capsys.readouterr().out)
+    with pytest.raises(TimeoutError, match=r"^It took more than 0 s until never\.$"):
+        servers.wait_until(lambda: False, "never", 0)
