@@ -121,11 +121,10 @@ def test_both_images_serve_as_confined_as_their_manifests_say(
     publish = f"--publish=127.0.0.1:{port}:9696"
     alias = f"--network-alias={variables['TF_SERVING_HOST'].split('/')[-1].split(':')[0]}"
     on_net = [f"--network={network}", alias, *options["model-server"]]
+    beside = [f"--network={network}", publish, *env]
     with (
         container(*on_net, embedded_image) as server,
-        container(
-            f"--network={network}", publish, *env, *options["gateway"], gateway_image
-        ) as gateway,
+        container(*beside, *options["gateway"], gateway_image) as gateway,
     ):
         wait_for(gateway, f"http://127.0.0.1:{port}/readyz")
         answer = classify(f"http://127.0.0.1:{port}", SAMPLES[0].read_bytes())
@@ -561,14 +560,14 @@ def test_two_model_servers_share_the_work_and_one_may_fall(stack: Stack) -> None
     done = threading.Event()
 
     def ask() -> None:
-        while not done.is_set():
+        while not done.wait(0.05):  # so that there is CPU left for the one that starts again
             statuses.append(classify(stack.url, picture).status_code)
 
     def restarts() -> str:
         return docker("inspect", "--format={{.RestartCount}} {{.State.Health.Status}}", names[0])
 
-    with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(ask) for _ in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(ask) for _ in range(2)]
         try:
             eventually(lambda: len(statuses) > 20, "answers come")
             crash = ["docker", "exec", names[0], "bash", "-c", "kill -9 -1"]
