@@ -64,11 +64,11 @@ class Cluster:
 
 
 def connect(cluster: Cluster, account: str | None = None) -> Callable[[str], Any]:
-    """Check who and where we are, print it, and return what makes clients by their service's name.
+    """Check account and region, print them, and return a function that makes a service's client.
 
     Raises:
-        Problem: AWS does not let us in, the credentials are of another account than the one asked
-            for, or the configuration names another region than eks/cluster.yaml.
+        Problem: AWS rejects the credentials, they belong to another account than `account`, or the
+            configuration names another region than eks/cluster.yaml.
     """
     configured = boto3.Session().region_name
     if configured not in (None, cluster.region):
@@ -93,12 +93,12 @@ def connect(cluster: Cluster, account: str | None = None) -> Callable[[str], Any
 
 
 def simulated(aws: Callable[[str], Any]) -> bool:
-    """Say whether the account is a simulated one on this machine (AWS_ENDPOINT_URL)."""
+    """Say whether the account is simulated on this machine (AWS_ENDPOINT_URL)."""
     return urlsplit(aws("sts").meta.endpoint_url).hostname in ("127.0.0.1", "localhost")
 
 
 def explain(error: BotoCoreError | ClientError) -> str:
-    """Say in sentences what AWS, or its library, means by an error."""
+    """Explain an error of AWS or of its library in sentences."""
     if isinstance(error, BotoCoreError):
         return CAUSES.get(type(error).__name__, "AWS could not be asked: {}").format(error)
     code, message = error.response["Error"]["Code"], error.response["Error"]["Message"]
@@ -117,7 +117,7 @@ def explain(error: BotoCoreError | ClientError) -> str:
 
 
 def reported(main: Callable[[], int]) -> int:
-    """Run a program; print what goes wrong as a sentence, and return its exit status."""
+    """Run a program, print what goes wrong as a sentence, and return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # also into a pipe, such as a notebook's
     try:

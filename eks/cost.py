@@ -9,8 +9,8 @@ from rich.table import Table
 
 from eks.account import Cluster, Problem, reported
 
-# Dollars an hour on demand, or a gigabyte and month. Prices change, and differ between regions:
-# these are of us-west-2. Yours are in AWS's price list.
+# Dollars an hour on demand; for disks, a gigabyte and month. These are the prices of us-west-2.
+# Prices change, and differ between regions: AWS's price list has yours.
 PRICES = {
     "control plane": 0.10,
     "t3.large": 0.0832,
@@ -21,7 +21,7 @@ PRICES = {
     "NAT gateway": 0.045,
 }
 HOURS_A_MONTH = 730
-ZONES = 3  # eksctl takes as many, and a load balancer has an address in each of them
+ZONES = 3  # eksctl uses three, and a load balancer has an address in each
 
 
 def hourly_costs(
@@ -35,11 +35,11 @@ def hourly_costs(
         nodes: how many nodes a group has, where that is not its ``desiredCapacity``.
 
     Returns:
-        Dollars an hour by item. Traffic, logs and stored images, all charged by the gigabyte,
-        are not among them.
+        Dollars an hour by item. Traffic, logs and stored images are charged by the gigabyte, and
+        are not included.
 
     Raises:
-        Problem: a price is missing, or ``nodes`` names a group that is not there.
+        Problem: a price is missing, or ``nodes`` names a group that does not exist.
     """
     groups = {group["name"]: group for group in cluster.node_groups}
     counts = {name: group["desiredCapacity"] for name, group in groups.items()} | dict(nodes or {})

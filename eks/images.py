@@ -1,4 +1,4 @@
-"""Local images: what they are made for, and how they get into a registry."""
+"""Local images: which processor they are for, and how they get into a registry."""
 
 import base64
 import json
@@ -45,23 +45,24 @@ def inspect(image: str, cluster: Cluster) -> str:
 
 
 def architecture(instance_type: str) -> str:
-    """Return the processor of an instance type: a g behind the number stands for Graviton."""
+    """Return the processor of an instance type: a g after the number means Graviton."""
     family = instance_type.partition(".")[0]
     return "arm64" if re.fullmatch(r"[a-z]+\d+[a-z]*g[a-z-]*\d*", family) else "amd64"
 
 
 @contextmanager
 def logged_in(registry: str, token: str) -> Iterator[dict[str, str]]:
-    """Log Docker in to a registry, in a configuration of its own that goes away afterwards.
+    """Log Docker in to a registry, with a configuration of its own that is deleted afterwards.
 
-    The password reaches Docker on its standard input: no command line and no output has it.
+    The password reaches Docker through its standard input, so no command line and no output has
+    it.
 
     Args:
         registry: host, or host and port.
         token: user and password as ECR gives them, joined by a colon, in Base64.
 
     Yields:
-        The environment for docker commands that shall be logged in.
+        The environment for docker commands that need the login.
     """
     user, _, password = base64.b64decode(token).decode().partition(":")
     # The engine's address is in the configuration that the new one replaces.
@@ -74,7 +75,7 @@ def logged_in(registry: str, token: str) -> Iterator[dict[str, str]]:
             docker(*login, input=password, env=env)
             yield env
         finally:
-            # Some systems keep logins in a keychain, which outlives the folder.
+            # Some systems keep logins in a keychain, which the folder's end does not empty.
             with suppress(Problem):
                 docker("logout", registry, env=env)
 

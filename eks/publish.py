@@ -38,7 +38,7 @@ MANIFESTS = [
 
 
 class Image:
-    """A local image, such as clothing-model:001, and what it is in the registry."""
+    """A local image, such as clothing-model:001, and its place in the registry."""
 
     def __init__(self, reference: str, cluster: Cluster):
         self.reference = reference
@@ -52,13 +52,13 @@ class Image:
 
 
 def ensure_repository(ecr: Any, cluster: Cluster, name: str, dry_run: bool) -> str:
-    """Create a repository, or check that the one which exists is ours and as we want it.
+    """Create a repository, or check that an existing one is ours and has the right settings.
 
     Returns:
-        Its address, without a tag; nothing where a dry run finds none.
+        Its address, without a tag; empty when a dry run finds none.
 
     Raises:
-        Problem: it belongs to somebody else, or has other settings.
+        Problem: the repository belongs to somebody else, or has other settings.
     """
     wanted = {
         "imageTagMutability": "IMMUTABLE",
@@ -88,7 +88,7 @@ def ensure_repository(ecr: Any, cluster: Cluster, name: str, dry_run: bool) -> s
         if json.loads(text) != LIFECYCLE:
             other.append("its lifecycle rule is another one")
     except ecr.exceptions.LifecyclePolicyNotFoundException:
-        # A new repository, or one whose making was interrupted.
+        # A new repository, or one whose creation was interrupted.
         if not other and not dry_run:
             ecr.put_lifecycle_policy(repositoryName=name, lifecyclePolicyText=json.dumps(LIFECYCLE))
     if other:
@@ -100,10 +100,10 @@ def ensure_repository(ecr: Any, cluster: Cluster, name: str, dry_run: bool) -> s
 
 
 def published(ecr: Any, image: Image) -> str | None:
-    """Return the digest of what the repository has under the image's tag, or None.
+    """Return the digest that the image's tag has in the repository, or None if it has no such tag.
 
     Raises:
-        Problem: it is another image than the local one, and tags are immutable.
+        Problem: the tag belongs to another image than the local one, and tags are immutable.
     """
     answer = ecr.batch_get_image(
         repositoryName=image.repository,
@@ -124,13 +124,13 @@ def published(ecr: Any, image: Image) -> str | None:
 
 
 def write_overlay(folder: Path, images: list[Image], allowed: list[str], gpu: bool) -> None:
-    """Write the overlay, with the names that images have in one account, where git ignores it.
+    """Write the overlay with the images' names in one account to a folder that git ignores.
 
     Args:
         folder: where its kustomization.yaml goes.
-        images: by digest, or by tag where there is none.
-        allowed: the networks that may use the load balancer; none leaves it closed.
-        gpu: whether it lies over eks/gpu instead of eks.
+        images: named by their digest, or by their tag if there is no digest.
+        allowed: the networks that may use the load balancer; it stays closed if there are none.
+        gpu: whether the overlay is over eks/gpu instead of eks.
     """
     base = ROOT / "eks/gpu" if gpu else ROOT / "eks"
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from eks.account import Problem
 
 
 def delete_services(cluster: dict[str, Any], region: str) -> None:
-    """Delete a cluster's Services of type LoadBalancer, whose controller deletes the rest."""
+    """Delete a cluster's Services of type LoadBalancer; a controller then deletes the rest."""
     name = cluster["name"]
     token = ["eks", "get-token", "--cluster-name", name, "--region", region, "--output", "json"]
     login = {"apiVersion": "client.authentication.k8s.io/v1beta1", "command": "aws"}
@@ -29,7 +29,7 @@ def delete_services(cluster: dict[str, Any], region: str) -> None:
         "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
     }
     with tempfile.TemporaryDirectory() as folder:
-        # A file of its own: whatever your kubectl speaks to otherwise is not even known here.
+        # A file of its own, so that kubectl knows no other cluster of yours.
         path = Path(folder, "kubeconfig")
         path.write_text(json.dumps(config))
         ask = partial(kubectl, f"--kubeconfig={path}", f"--context={name}")
@@ -43,7 +43,7 @@ def delete_services(cluster: dict[str, Any], region: str) -> None:
 
 
 def kubectl(*arguments: str) -> str:
-    """Run kubectl, that of this Python's environment first, and return its output."""
+    """Run kubectl, preferably from this Python's environment, and return its output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     found = shutil.which("kubectl", path=path)
     if not found or not shutil.which("aws"):

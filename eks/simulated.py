@@ -1,4 +1,4 @@
-"""An AWS account that is none: moto's, on this machine, and a registry for its images.
+"""An AWS account that moto simulates on this machine, and a registry for its images.
 
     account = SimulatedAccount(Path("build/eks"))
     account.enter()                     # from here on, nothing of yours can be reached by accident
@@ -6,8 +6,8 @@
     address, obstacle = account.start_registry()
     account.close()
 
-eksctl and Docker cannot work in such an account: the calls that eksctl would make are made here,
-and Docker pushes to the registry.
+eksctl and Docker cannot work in such an account. So the calls that eksctl would make are made here,
+and Docker pushes to the registry. A second account with the same folder closes the first one.
 """
 
 import atexit
@@ -31,32 +31,37 @@ from eks.account import Cluster, Problem
 from eks.images import docker
 
 START_SECONDS = 120.0
+open_accounts: dict[Path, "SimulatedAccount"] = {}
 
 
 class SimulatedAccount:
     """An account that holds what is made in it until `close`.
 
     Args:
-        folder: where the registry keeps its images, and programs write their logs. It is emptied.
+        folder: where the registry keeps its images and where programs write their logs. Whatever
+            is in it is deleted.
 
     Attributes:
         images: names of images on Docker's engine that `close` removes.
     """
 
     def __init__(self, folder: Path) -> None:
+        if folder in open_accounts:
+            open_accounts[folder].close()
+        open_accounts[folder] = self
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.folder = folder
         self.images: list[str] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
         atexit.register(self.close)
 
     def enter(self) -> None:
-        """Have this process, and all that it starts from now on, know no other account.
+        """Let this process, and everything that it starts from now on, know no other account.
 
         Every variable whose name begins with AWS_ is removed: keys, profiles, tokens, addresses.
-        In their place come keys that open nothing, no configuration file, no metadata service, and
-        moto's address.
+        The new variables hold keys that open nothing and moto's address, and switch off the
+        configuration files and the metadata service.
         """
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             del os.environ[name]
@@ -74,7 +79,7 @@ class SimulatedAccount:
         self._start([program, "-H", host, "-p", port], f"http://{address}/moto-api/")
 
     def make_cluster(self, aws: Callable[[str], Any], cluster: Cluster) -> None:
-        """Make the cluster and its node groups, by the calls to EKS that eksctl makes."""
+        """Create the cluster and its node groups, with the calls to EKS that eksctl makes."""
         subnets = [each["SubnetId"] for each in aws("ec2").describe_subnets()["Subnets"][:2]]
         role = f"arn:aws:iam::{aws('sts').get_caller_identity()['Account']}:role/eks"
         eks = aws("eks")
@@ -92,7 +97,7 @@ class SimulatedAccount:
             )
 
     def forget_load_balancer(self, aws: Callable[[str], Any], cluster: Cluster) -> None:
-        """Make what is left when a cluster is deleted before its load balancer is."""
+        """Create what is left over when a cluster is deleted before its load balancer."""
         subnet = aws("ec2").describe_subnets()["Subnets"][0]["SubnetId"]
         tags = [{"Key": key, "Value": value} for key, value in cluster.tags.items()]
         aws("elbv2").create_load_balancer(
@@ -103,7 +108,7 @@ class SimulatedAccount:
         """Start a registry that Docker can push to.
 
         Returns:
-            Its address and nothing, or nothing and a phrase that says what is in the way.
+            Its address and an empty phrase; or an empty address and a phrase that says why.
         """
         if not shutil.which("docker-registry"):
             return "", "there is no docker-registry program"
@@ -116,7 +121,7 @@ class SimulatedAccount:
         (self.folder / "registry.json").write_text(json.dumps(config))
         command = ["docker-registry", "serve", str(self.folder / "registry.json")]
         self._start(command, f"http://{address}/v2/")
-        # An engine in a machine of its own, as on macOS, or in another network, does not reach it.
+        # An engine in a virtual machine, as on macOS, or in another network does not reach it.
         pull = ["docker", "pull", f"{address}/none:1"]
         said = subprocess.run(pull, capture_output=True, text=True).stderr
         if "not found" in said:
@@ -124,29 +129,36 @@ class SimulatedAccount:
         return "", "the Docker engine does not reach a registry on this machine"
 
     def close(self) -> None:
-        """End everything, and remove images and folder; at the program's end at the latest."""
-        for process in self.processes:
-            process.terminate()
-            process.wait(timeout=60)
-        self.processes.clear()
+        """End everything, and remove images and folder; at the latest when the program ends."""
+        for name in list(self.processes):
+            self._stop(name)
         while self.images:
             with suppress(Problem):
                 docker("image", "rm", self.images.pop())
         shutil.rmtree(self.folder, ignore_errors=True)
+        open_accounts.pop(self.folder, None)
         atexit.unregister(self.close)
 
     def _start(self, command: list[str], url: str) -> None:
-        """Start a program and wait until it answers; raise RuntimeError when it does not."""
-        log = self.folder / f"{Path(command[0]).name}.log"
+        """Start a program, replace an earlier one, and wait for an answer; or RuntimeError."""
+        name = Path(command[0]).name
+        self._stop(name)
+        log = self.folder / f"{name}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file)
-        self.processes.append(process)
+        self.processes[name] = process
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and process.poll() is None:
             with suppress(OSError), urllib.request.urlopen(url, timeout=5):
                 return
             time.sleep(0.1)
-        raise RuntimeError(f"{Path(command[0]).name} does not start: {log} says why.")
+        raise RuntimeError(f"{name} does not start: {log} says why.")
+
+    def _stop(self, name: str) -> None:
+        """End a program, if it was started."""
+        if (process := self.processes.pop(name, None)) is not None:
+            process.terminate()
+            process.wait(timeout=60)
 
 
 def overlay_images(folder: Path) -> list[str]:
@@ -161,7 +173,7 @@ def overlay_images(folder: Path) -> list[str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Delete the cluster and all that belongs to it, then prove it: ``python -m eks.teardown``."""
+"""Delete the cluster and everything that belongs to it, and prove it: ``python -m eks.teardown``."""
 
 import argparse
 import re
@@ -14,13 +14,13 @@ from rich.console import Console
 from eks.account import Cluster, Problem, connect, reported
 from eks.services import delete_services
 
-GRACE_SECONDS = 120  # after which AWS's list of tags should have forgotten what is gone
+GRACE_SECONDS = 120  # until AWS's list of tags should have forgotten what is gone
 
 
 class Teardown:
-    """What there is of a cluster and its repositories, and how each part goes away.
+    """Finds the parts of a cluster and its repositories, and deletes them.
 
-    What does not carry the project's tag is somebody else's, whatever its name, and stays.
+    Whatever lacks the project's tag belongs to somebody else, and stays.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class Teardown:
         self.eksctl = eksctl
 
     def listed(self, service: str, operation: str, key: str, **arguments: Any) -> list[Any]:
-        """Return all that an operation lists under a key, page by page."""
+        """Return everything that an operation lists under a key, from all pages."""
         pages = self.aws(service).get_paginator(operation).paginate(**arguments)
         return [item for page in pages for item in page[key]]
 
     def wait(self, left: Callable[[], list[str]], what: str, seconds: float) -> list[str]:
-        """Poll until nothing is left, and return what still is when the time is over."""
+        """Poll until nothing is left, and return what is still there when time is up."""
         deadline = time.monotonic() + seconds
         if names := left():
             print(f"waiting for {what}: {', '.join(names)}")
@@ -55,7 +55,7 @@ class Teardown:
             )
 
     def find(self) -> dict[str, Any] | None:
-        """Return what EKS says of the cluster of this name, whosever it is."""
+        """Return what EKS says about the cluster of this name, whoever owns it."""
         eks = self.aws("eks")
         try:
             return eks.describe_cluster(name=self.cluster.name)["cluster"]
@@ -63,7 +63,7 @@ class Teardown:
             return None
 
     def describe(self) -> dict[str, Any] | None:
-        """Return what EKS says of our cluster; None when there is none, or it is not ours."""
+        """Return what EKS says about our cluster; None if there is none, or it is not ours."""
         found = self.find()
         return found if found and self.cluster.owns(found.get("tags", {})) else None
 
@@ -95,7 +95,7 @@ class Teardown:
         return self.listed("eks", "list_nodegroups", "nodegroups", clusterName=self.cluster.name)
 
     def stacks(self) -> list[str]:
-        """Return eksctl's CloudFormation stacks, that of the network and the cluster last."""
+        """Return eksctl's CloudFormation stacks; the one of network and cluster comes last."""
         stacks = []
         for stack in self.listed("cloudformation", "describe_stacks", "Stacks"):
             tags = {tag["Key"]: tag["Value"] for tag in stack["Tags"]}
@@ -116,10 +116,10 @@ class Teardown:
         return ours
 
     def leftovers(self) -> list[str]:
-        """Return whatever of ours exists."""
+        """Return everything of ours that exists."""
         name, project = self.cluster.name, self.cluster.project
-        # AWS's list by tag goes on naming what is gone for a while. So it is believed only where
-        # the services themselves are not asked.
+        # AWS's list by tag still names things for a while after they are gone. So it counts only
+        # for services that are not asked directly.
         asked = re.compile(
             rf":(cluster|nodegroup|addon|podidentityassociation)/{name}(/|$)"
             rf"|:repository/{project}/|:loadbalancer/|:stack/eksctl-{name}-"
@@ -151,7 +151,7 @@ class Teardown:
         print("load balancers gone")
 
     def delete_cluster(self) -> None:
-        """Delete node groups and cluster, by eksctl where it is there."""
+        """Delete node groups and cluster, with eksctl where it is installed."""
         eks, name = self.aws("eks"), self.cluster.name
         if not self.describe():
             return
@@ -171,7 +171,7 @@ class Teardown:
         print(f"cluster {name} gone")
 
     def delete_stacks(self) -> None:
-        """Delete what eksctl made around the cluster, where it has not done so itself."""
+        """Delete what eksctl created around the cluster and has not deleted itself."""
         cloudformation = self.aws("cloudformation")
         waiter = cloudformation.get_waiter("stack_delete_complete")
         for stack in self.stacks():
@@ -194,7 +194,7 @@ def main() -> int:
     add = parser.add_argument
     add("--account", help="refuse to work in any other account")
     add("--dry-run", action="store_true", help="look, and list what would be deleted")
-    add("--no-eksctl", action="store_true", help="do without eksctl, even if it is here")
+    add("--no-eksctl", action="store_true", help="do without eksctl, even if it is installed")
     add("--poll", type=float, default=10, metavar="SECONDS", help="how often to look")
     add("--timeout", type=float, default=1200, metavar="SECONDS", help="how long to wait for each")
     args = parser.parse_args()
@@ -210,7 +210,7 @@ def main() -> int:
         print(f"the cluster {cluster.name} is not ours, it has no tag project={cluster.project}")
     work.delete_load_balancers()
     work.delete_cluster()
-    work.delete_load_balancers()  # that came into being meanwhile
+    work.delete_load_balancers()  # created in the meantime
     work.delete_stacks()
     work.delete_repositories()
     left = work.wait(work.leftovers, "AWS to forget them", min(GRACE_SECONDS, args.timeout))

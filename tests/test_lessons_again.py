@@ -126,9 +126,8 @@ def reading(name: str, folder: Path, model: Path) -> Iterator[Reader]:
     """
     (path,) = (ROOT / "notebooks").glob(f"{name}*.ipynb")
     notebook = nbformat.read(path, as_version=4)
-    values: dict[str, object] = {
-        "EXPORT_DIR": str(shutil.copytree(model, folder / "clothing-model"))
-    }
+    values: dict[str, object] = {}
+    values |= {"EXPORT_DIR": str(shutil.copytree(model, folder / "clothing-model"))}
     values |= {"WORKBOOK_ENGINE": "embedded", **{port: free_port() for port in ports_of(path)}}
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
