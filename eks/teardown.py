@@ -1,4 +1,4 @@
-"""Delete the cluster and everything that belongs to it, and prove it: ``python -m eks.teardown``."""
+"""Delete the cluster and everything that belongs to it, then prove it: `python -m eks.teardown`."""
 
 import argparse
 import re
