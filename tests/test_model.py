@@ -28,6 +28,7 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from model_server.training.draw import draw
 from tfserving import messages_pb2, services_pb2_grpc
 from tfserving.tensors import make_ndarray, make_tensor_proto
+from workbook.draw_cluster import cluster
 from workbook.draw_system import LESSONS, system
 
 MEGABYTE = 1_000_000
@@ -214,6 +215,10 @@ def test_samples_are_what_their_script_draws(name: str) -> None:
 def test_figures_are_what_their_script_draws(lesson: str) -> None:
     figure = ROOT / f"notebooks/figures/{lesson}.svg"
     assert figure.read_text() == system(LESSONS[lesson])
+
+
+def test_the_picture_of_a_cluster_is_what_its_script_draws() -> None:
+    assert (ROOT / "notebooks/figures/cluster.svg").read_text() == cluster()
 
 
 @pytest.mark.train

@@ -17,6 +17,14 @@ from workbook.run import lessons
 
 NOTEBOOKS = lessons(ROOT / "notebooks")
 MAIN = [path for path in NOTEBOOKS if "-bonus-" not in path.name]
+GLOSSARY = ROOT / "docs/glossary.md"
+# Words of the lessons about the gateway and Kubernetes, whose links to the glossary are to come.
+NOT_LINKED_YET = {
+    *("decompression-bomb", "fork", "redirect", "semaphore", "ssrf", "worker", "wsgi"),
+    *("api-server", "etcd", "hpa", "kind", "kubelet", "liveness", "networkpolicy", "scheduler"),
+    *("deployment", "manifest", "namespace", "port-forward", "replica", "rolling-update"),
+    "requests-and-limits",
+}
 ENDING = ["Checkpoint", "Clean up", "What you built", "Exercises"]
 # Ranges that belong to no machine of ours: examples, and the metadata address of the clouds.
 EXAMPLES = ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "169.254.169.254/32")
@@ -186,3 +194,37 @@ def test_shows_figures_and_nothing_of_the_machine(path: Path) -> None:
         ip = ipaddress.ip_address(address)
         example = any(ip in ipaddress.ip_network(each) for each in EXAMPLES)
         assert ip.is_loopback or ip.is_unspecified or example, address
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+def glossary_links(path: Path) -> set[str]:
+    """The anchors of the glossary to which a page or a notebook links."""
+    return set(re.findall(r"glossary\.md#([\w-]+)", path.read_text(encoding="utf-8")))
+
+
+@every_notebook
+def test_words_that_are_explained_are_in_the_glossary(path: Path) -> None:
+    assert glossary_links(path) <= anchors(GLOSSARY)
+
+
+def test_the_glossary_is_sorted_and_somebody_links_to_each_word() -> None:
+    words = re.findall(r"^## (.+)$", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert words == sorted(set(words), key=str.lower)
+    pages = [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    linked = set().union(*map(glossary_links, pages))
+    assert anchors(GLOSSARY) - {"glossary"} - linked <= NOT_LINKED_YET
+
+
+@every_notebook
+def test_readme_and_lesson_agree_on_the_minutes(path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| \[{path.name[:2]} · .*$", readme, re.MULTILINE)
+    minutes = re.findall(r"\*\*Takes\*\* about (\d+) minutes", read(path).cells[0].source)
+    assert minutes and f"| {minutes[0]} |" in row

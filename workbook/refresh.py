@@ -23,6 +23,9 @@ def refresh(notebook: Path, folder: Path) -> str:
     for cell, done in zip(source.cells, executed.cells, strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
+            for output in cell.outputs:  # a terminal's ends of lines, after a command with `!`
+                if "text" in output:
+                    output.text = output.text.replace("\r\n", "\n")
     nbformat.write(source, notebook)
     return ""
 
