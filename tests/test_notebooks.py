@@ -225,6 +225,6 @@ def test_the_glossary_is_sorted_and_somebody_links_to_each_word() -> None:
 @every_notebook
 def test_readme_and_lesson_agree_on_the_minutes(path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (row,) = re.findall(rf"^\| \[{path.name[:2]} · .*$", readme, re.MULTILINE)
+    (row,) = re.findall(rf"^\| \[.*\(notebooks/{path.name}\) \|.*$", readme, re.MULTILINE)
     minutes = re.findall(r"\*\*Takes\*\* about (\d+) minutes", read(path).cells[0].source)
     assert minutes and f"| {minutes[0]} |" in row
