@@ -218,7 +218,8 @@ def test_reload_tells_by_how_much_counters_have_grown(client: Client, base_path:
 COLLECTION = """
 import gc, sys
 from pathlib import Path
-from conftest import Addresses, Client
+from helpers.servers import Addresses
+from helpers.serving import Client
 from model_server.server import ModelServer
 
 base_path = Path(sys.argv[1])
