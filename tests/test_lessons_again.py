@@ -141,6 +141,10 @@ def reading(name: str, folder: Path, model: Path) -> Iterator[Reader]:
         yield Reader(client)
 
 
+@pytest.mark.again
+@pytest.mark.skipif(
+    os.environ.get("LESSONS_AGAIN") != "1", reason="takes minutes; LESSONS_AGAIN=1 asks for it"
+)
 @pytest.mark.parametrize("name", LESSONS)
 def test_cells_run_again_and_leave_no_second_server(
     name: str, clothing_model: Path, tmp_path: Path
