@@ -60,6 +60,7 @@ def kubectl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubectl]:
     """The rehearsal of lesson 06, with its image and no object yet."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.setattr(Kubectl, "opened", {})
     kubectl = Kubectl(EMBEDDED, "ping")
     kubectl.load("ping:001", "kube-config/ping/Dockerfile", context="kube-config/ping")
     yield kubectl
@@ -265,7 +266,7 @@ def test_another_kubectl_takes_the_place_of_the_one_before(kubectl: Kubectl) -> 
     kubectl.forward("service/ping", 80, port)
     again = Kubectl(EMBEDDED, "ping")
     try:
-        assert kubectl.rehearsal and again.rehearsal
+        assert kubectl.rehearsal and again.rehearsal and again.again and not kubectl.again
         assert not kubectl.rehearsal.folder.exists() and not kubectl.rehearsal.pods()
         assert again.pods("ping") == [] and not servers.is_busy(port)
     finally:

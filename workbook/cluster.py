@@ -60,7 +60,7 @@ def choose_cluster(
         wanted: `auto`, `docker` (a cluster, here Kind's) or `embedded` (a rehearsal); for `auto`
             the environment variable `WORKBOOK_ENGINE` decides, if it is set.
         images: the pods' images, which Docker must have for a cluster.
-        namespace: where kubectl's commands shall work; nobody else's, for it is deleted in the end.
+        namespace: where the pods shall be; nobody else's, for it is deleted in the end.
 
     Raises:
         ValueError: `wanted` is none of the three.
@@ -86,18 +86,16 @@ def choose_cluster(
 
 
 def within(namespace: str, cluster: Cluster) -> Cluster:
-    """Have kubectl work in a namespace, which may exist only if it is the lessons' own."""
-    if not namespace:
-        return cluster
+    """Return a cluster whose namespace, if there is one of this name, is the lessons' own."""
     words = [*shlex.split(cluster.kubectl), "get", "namespace", namespace, "--ignore-not-found"]
     words.append("--output=go-template={{.metadata.labels}}")
-    labels = subprocess.run(words, capture_output=True, text=True).stdout
-    if labels and f"app.kubernetes.io/part-of:{namespace}" not in labels:
+    found = subprocess.run(words, capture_output=True, text=True).stdout if namespace else ""
+    if found and f"app.kubernetes.io/part-of:{namespace}" not in found:
         raise RuntimeError(
             f"The cluster has a namespace {namespace} that is not this workbook's:"
             " name another cluster with WORKBOOK_CONTEXT."
         )
-    return cluster._replace(kubectl=f"{cluster.kubectl} --namespace {namespace}")
+    return cluster
 
 
 def images_obstacle(images: tuple[str, ...]) -> str | None:

@@ -43,7 +43,8 @@ class PodState(NamedTuple):
 class Kubectl:
     """`kubectl("get pods")` prints the command, does it, and prints what it says.
 
-    Another one for the same namespace takes the place of this one, which is closed.
+    Another one for the same namespace takes the place of this one, which is closed; `again` says
+    whether this one did.
 
     Args:
         cluster: what runs the pods, as `choose_cluster` says it.
@@ -53,8 +54,9 @@ class Kubectl:
     opened: dict[str, "Kubectl"] = {}  # noqa: RUF012
 
     def __init__(self, cluster: Cluster, namespace: str):
-        if earlier := self.opened.get(namespace):
-            earlier.close()
+        self.again = namespace in self.opened
+        if self.again:
+            self.opened[namespace].close()
         self.opened[namespace] = self
         self.cluster = cluster
         self.command = f"{cluster.kubectl} --namespace {namespace}"
@@ -380,4 +382,4 @@ class Client:
         """End the client."""
         servers.stop("client")
         if self.kubectl.rehearsal is None:
-            self.there(f"delete --kustomize {self.folder} --timeout 120s")
+            self.there(f"delete --kustomize {self.folder} --ignore-not-found --timeout 120s")
