@@ -18,13 +18,6 @@ from workbook.run import lessons
 NOTEBOOKS = lessons(ROOT / "notebooks")
 MAIN = [path for path in NOTEBOOKS if "-bonus-" not in path.name]
 GLOSSARY = ROOT / "docs/glossary.md"
-# Words of the lessons about the gateway and Kubernetes, whose links to the glossary are to come.
-NOT_LINKED_YET = {
-    *("decompression-bomb", "fork", "redirect", "semaphore", "ssrf", "worker", "wsgi"),
-    *("api-server", "etcd", "hpa", "kind", "kubelet", "liveness", "networkpolicy", "scheduler"),
-    *("deployment", "manifest", "namespace", "port-forward", "replica", "rolling-update"),
-    "requests-and-limits",
-}
 ENDING = ["Checkpoint", "Clean up", "What you built", "Exercises"]
 # Ranges that belong to no machine of ours: examples, and the metadata address of the clouds.
 EXAMPLES = ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "169.254.169.254/32")
@@ -219,7 +212,7 @@ def test_the_glossary_is_sorted_and_somebody_links_to_each_word() -> None:
     assert words == sorted(set(words), key=str.lower)
     pages = [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
     linked = set().union(*map(glossary_links, pages))
-    assert anchors(GLOSSARY) - {"glossary"} - linked <= NOT_LINKED_YET
+    assert anchors(GLOSSARY) - {"glossary"} - linked == set()
 
 
 @every_notebook
