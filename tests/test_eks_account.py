@@ -778,7 +778,8 @@ def test_a_teardown_interrupted_while_waiting_goes_on(
     eventually(lambda: kubernetes.deleted, "the Service is deleted", seconds=120)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120)[1].startswith("Interrupted.")
-    assert process.returncode == 130
+    # A signal that comes during an import makes Python end by the signal: 130 to a shell, too.
+    assert process.returncode in (130, -signal.SIGINT)
     vanish()
     aws.run("teardown", *QUICK)
     assert cloud.state() == {key: [] for key in cloud.state()}
