@@ -6,28 +6,27 @@ It is made of the cells tagged `gateway` in notebooks/04-flask-gateway.ipynb; ch
 import functools
 import os
 import time
-from collections.abc import Mapping
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import numpy as np
 from flask import Response, g, request
-from keras_image_helper import create_preprocessor
 
+import description
 import links
 import pictures
 import tfserving
 import web
+from description import Signature
 from web import Problem
 
 env = os.environ.get
 TF_SERVING_HOST = env("TF_SERVING_HOST", "localhost:8500")
-MODEL_NAME = env("MODEL_NAME", "clothing-model")
 SIGNATURE_NAME = env("SIGNATURE_NAME", "serving_uint8,serving_default")  # the first there is
 PREDICT_TIMEOUT_SECONDS = float(env("PREDICT_TIMEOUT_SECONDS", "20"))
-CLASS_NAMES_FILE = env("CLASS_NAMES_FILE", "model_server/classes.txt")
-CLASS_NAMES = (web.ROOT / CLASS_NAMES_FILE).read_text(encoding="utf-8").splitlines()
+MODEL = description.read(env("MODEL_DESCRIPTION", description.BUNDLED))
+MODEL_NAME = env("MODEL_NAME", MODEL.name)
 
 
 @functools.cache
@@ -37,34 +36,6 @@ def connect() -> tuple[tfserving.PredictionServiceStub, tfserving.ModelServiceSt
     return tfserving.PredictionServiceStub(channel), tfserving.ModelServiceStub(channel)
 
 
-class Signature(NamedTuple):
-    """What requests to the model must look like, and the version that said so."""
-
-    name: str
-    version: int
-    input_name: str
-    dtype: np.dtype
-    height: int
-    width: int
-    output_name: str
-
-
-def read_signature(offered: Mapping[str, tfserving.SignatureDef], version: int) -> Signature:
-    """Return a signature's names, type and size; raise Problem where pictures do not fit it."""
-    wanted = SIGNATURE_NAME.split(",")
-    name = next((name for name in wanted if name in offered), wanted[-1])
-    tensors = [*offered[name].inputs.items(), *offered[name].outputs.items()]
-    shapes = [[dim.size for dim in info.tensor_shape.dim] for _, info in tensors]
-    match tensors, shapes:
-        case [(input_name, info), (output_name, _)], [[_, height, width, 3], [_, classes]]:
-            dtype = tfserving.numpy_dtype(info.dtype)
-            if dtype.kind in "fu" and min(height, width) > 0 and classes == len(CLASS_NAMES):
-                return Signature(name, version, input_name, dtype, height, width, output_name)
-    fitting = f"pictures [-1, height, width, 3] and give {len(CLASS_NAMES)} numbers"
-    sentence = f"{name} must take {fitting}, one for each name in CLASS_NAMES_FILE"
-    raise Problem(503, "model-unsuitable", f"{sentence}, but its shapes are {shapes}.")
-
-
 @functools.cache
 def get_signature() -> Signature:
     """Ask the model server what the model takes and gives; remembered until `cache_clear()`."""
@@ -72,17 +43,20 @@ def get_signature() -> Signature:
     pb_request.model_spec.name = MODEL_NAME
     stub, _ = connect()
     pb_response = stub.GetModelMetadata(pb_request, timeout=PREDICT_TIMEOUT_SECONDS)
-    signatures = tfserving.SignatureDefMap.FromString(pb_response.metadata["signature_def"].value)
+    offered = tfserving.SignatureDefMap.FromString(pb_response.metadata["signature_def"].value)
     version = pb_response.model_spec.version.value
-    signature = read_signature(signatures.signature_def, version)
+    try:
+        signature = MODEL.read_signature(offered.signature_def, version, SIGNATURE_NAME.split(","))
+    except ValueError as error:
+        raise Problem(503, "model-unsuitable", str(error)) from None
     web.MODEL_VERSION.set(version)
     return signature
 
 
 def prepare(files: list[bytes], signature: Signature, deadline: float) -> np.ndarray:
-    """Return pictures as the model takes them, [number, height, width, 3], floats in -1 ... 1."""
-    preprocessor = create_preprocessor("xception", target_size=(signature.width, signature.height))
-    images = pictures.read_pictures(files, preprocessor.target_size, deadline)
+    """Return pictures as the model takes them, [number, height, width, 3]."""
+    preprocessor = MODEL.preprocessor((signature.width, signature.height))
+    images = pictures.read_pictures(files, preprocessor, deadline)
     if signature.dtype.kind == "u":  # a model that wants plain pixels scales them itself
         return np.stack([np.array(image, signature.dtype) for image in images])
     tensors = [preprocessor.convert_to_tensor(image) for image in images]
@@ -129,8 +103,8 @@ def read_files(body: Any) -> list[bytes]:
         with closing(file):  # a large one has waited in a file
             return [file.read()]
     match body:
-        case {"sample": str(name)} if name in web.SAMPLES:
-            return [web.SAMPLES[name].read_bytes()]
+        case {"sample": str(label)} if label in (known := dict(MODEL.samples)):
+            return [known[label]]
         case {"url": str(url)} if "urls" not in body:
             urls = [url]
         case {"urls": [str(), *_] as several} if len(several) <= web.MAX_LINKS:
@@ -143,7 +117,7 @@ def read_files(body: Any) -> list[bytes]:
 
 def describe(probabilities: list[float], model_spec: tfserving.ModelSpec) -> dict:
     """Return what the gateway says of one picture."""
-    predictions = dict(zip(CLASS_NAMES, probabilities, strict=True))
+    predictions = dict(zip(MODEL.classes, probabilities, strict=True))
     top = max(predictions, key=predictions.__getitem__)
     answer = {"predictions": predictions, "top_class": top, "top_probability": predictions[top]}
     return answer | {"model": {"name": model_spec.name, "version": model_spec.version.value}}
@@ -169,7 +143,20 @@ def predict() -> dict | list[dict]:
 
 def index() -> Response:
     """Answer with the website; where there is no JavaScript, its form is sent here."""
-    return web.answer_page(answer, classes=CLASS_NAMES, formats=pictures.IMAGE_FORMATS)
+    return web.answer_page(answer, model=MODEL, formats=pictures.IMAGE_FORMATS)
+
+
+@functools.cache
+def check_sample() -> None:
+    """Ask once about a picture whose class is known; raise Problem where the model errs."""
+    for sample in MODEL.samples[:1]:
+        signature, deadline = get_signature(), time.monotonic() + PREDICT_TIMEOUT_SECONDS
+        pb_response = ask(prepare([sample.jpeg], signature, deadline), signature, deadline)
+        row = tfserving.make_ndarray(pb_response.outputs[signature.output_name])[0]
+        if (top := MODEL.classes[row.argmax()]) != sample.label:
+            how = f"says {top} to its own sample, {sample.label}: is another model served"
+            sentence = f"{MODEL_NAME} {how}, or one that wants pictures scaled otherwise?"
+            raise Problem(503, "model-unsuitable", sentence)
 
 
 def readyz() -> dict:
@@ -184,6 +171,7 @@ def readyz() -> dict:
     if tfserving.ModelVersionStatus.AVAILABLE not in states:
         raise Problem(503, "model-unavailable", f"No version of {MODEL_NAME} is AVAILABLE.")
     get_signature.cache_clear()
+    check_sample()
     return {"status": "ready", "model": {"name": MODEL_NAME, "version": get_signature().version}}
 
 
@@ -192,7 +180,7 @@ def livez() -> dict:
     return {"status": "alive"}
 
 
-app = web.create_app()
+app = web.create_app(MODEL, MODEL_NAME)
 app.add_url_rule("/", view_func=index, methods=["GET", "POST"])
 app.add_url_rule("/predict", view_func=predict, methods=["POST"])
 app.add_url_rule("/livez", view_func=livez)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from description import Preprocessor
 from web import IMAGE_MAX_BYTES, IMAGE_MAX_PIXELS, Problem, about_picture
 
 MAX_PARTS, MAX_READS = 500, 500_000
@@ -66,7 +67,9 @@ def open_picture(file: bytes) -> Image.Image:
             raise RequestEntityTooLarge from error
 
 
-def decode(file: bytes, largest: tuple[int, int], exactly: bool) -> Image.Image:
+def decode(
+    file: bytes, largest: tuple[int, int], exactly: bool, resampling: Image.Resampling
+) -> Image.Image:
     """Return what a file shows as RGB, upright, on white and shrunk; raise what Pillow raises."""
     # Some files would take minutes: a JPEG of very many passes over all pixels, or a file of very
     # many small parts that are each unpacked to a megabyte. Real pictures have a few of each.
@@ -81,11 +84,13 @@ def decode(file: bytes, largest: tuple[int, int], exactly: bool) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     deep = image.mode[0] in "IF"  # more than eight bits a value, of which Pillow keeps the lowest
     top = 65535 if image.mode.startswith("I;16") else image.getextrema()[1] if deep else 255
-    # keras-image-helper shrinks a picture by leaving out pixels. Doing this first is the same, and
-    # all that follows, which takes several times the memory of its pixels, has few of them.
     factor = max(1, image.width / largest[0], image.height / largest[1])
     size = largest if exactly else (int(image.width / factor) or 1, int(image.height / factor) or 1)
-    image = image.resize(size, Image.Resampling.NEAREST)
+    # Most models shrink a picture by leaving out pixels. Doing this first is the same, and all that
+    # follows, which takes several times the memory of its pixels, has few of them. Others average
+    # pixels, which needs their colours first.
+    if resampling == Image.Resampling.NEAREST:
+        image = image.resize(size, resampling)
     if deep:
         values = np.nan_to_num(np.asarray(image, np.float32)) / max(top, 1e-9)
         image = Image.fromarray((255 * np.clip(values, 0, 1)).astype(np.uint8))
@@ -94,11 +99,15 @@ def decode(file: bytes, largest: tuple[int, int], exactly: bool) -> Image.Image:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
         image = white
-    return image.convert("RGB")
+    return image.convert("RGB").resize(size, resampling)
 
 
 def read_picture(
-    file: bytes, size: tuple[int, int], deadline: float, exactly: bool = True
+    file: bytes,
+    size: tuple[int, int],
+    deadline: float,
+    exactly: bool = True,
+    resampling: Image.Resampling = Image.Resampling.NEAREST,
 ) -> Image.Image:
     """Return a picture as RGB, upright and on white; raise Problem (413, 415, or 503).
 
@@ -111,7 +120,7 @@ def read_picture(
     if left < 0 or not decoder.acquire(timeout=left):
         raise Problem(503, "too-busy", "Too many large pictures at a time; try again soon.")
     try:
-        return decode(file, size, exactly)
+        return decode(file, size, exactly, resampling)
     except RequestEntityTooLarge:
         raise
     except Exception:  # broken files make Pillow raise many kinds of error, which hold its pixels
@@ -123,12 +132,15 @@ def read_picture(
     raise Problem(415, "not-a-picture", f"{sentence}; {', '.join(IMAGE_FORMATS)} can.")
 
 
-def read_pictures(files: list[bytes], size: tuple[int, int], deadline: float) -> list[Image.Image]:
-    """Return several pictures, all of this (width, height); a Problem says which it is about."""
+def read_pictures(
+    files: list[bytes], preprocessor: Preprocessor, deadline: float
+) -> list[Image.Image]:
+    """Return several pictures, resized for a model; a Problem says which of them it is about."""
+    size, resampling = preprocessor.target_size, preprocessor.resampling
     images = []
     for number, file in enumerate(files, 1):
         with about_picture(number, len(files)):
-            images.append(read_picture(file, size, deadline))
+            images.append(read_picture(file, size, deadline, True, resampling))
     return images
 
 

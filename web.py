@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import flask
@@ -28,8 +27,10 @@ from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 from multipart import MultipartError, MultipartParser, ParserLimitReached
 from werkzeug.datastructures import FileStorage, MultiDict
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import BadRequest, HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
+
+from description import ROOT, Description
 
 env = os.environ.get
 GATEWAY_API_KEY = env("GATEWAY_API_KEY", "")
@@ -38,8 +39,6 @@ IMAGE_MAX_BYTES = int(env("IMAGE_MAX_BYTES", "10000000"))
 IMAGE_MAX_PIXELS = int(env("IMAGE_MAX_PIXELS", "25000000"))
 MAX_IN_FLIGHT = int(env("MAX_IN_FLIGHT", "32"))
 
-ROOT = Path(__file__).parent
-SAMPLES = {path.stem: path for path in (ROOT / "website/static/samples").glob("*.webp")}
 MAX_LINKS = 16
 MAX_BATCHES = max(1, MAX_IN_FLIGHT // 4)  # requests with several links: they bring most bytes
 USAGE = f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}} or a form with a file.'
@@ -110,6 +109,11 @@ def problem_of(error: grpc.RpcError) -> Problem:
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return Problem(504, "model-timeout", "The model server is too slow; try again soon.")
     sentence = f"The model server gives no answer ({error.code().name}); try again soon."
+    if error.code() == grpc.StatusCode.NOT_FOUND:
+        wanted, described = current_app.config["MODEL_NAME"], current_app.config["MODEL"].name
+        sentence = (
+            f"The model server has no model named {wanted}; the description is of {described}."
+        )
     return Problem(503, "model-unavailable", sentence)
 
 
@@ -197,6 +201,15 @@ def metrics() -> Response:
     """Answer with the counts and times that Prometheus collects."""
     text = prometheus.generate_latest(registry)
     return Response(text, content_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+@blueprint.get("/samples/<int:number>.jpg")
+def sample(number: int) -> Response:
+    """Answer with a picture of the model's description; 404 where there are not so many."""
+    samples = current_app.config["MODEL"].samples
+    if number >= len(samples):
+        raise NotFound
+    return Response(samples[number].jpeg, content_type="image/jpeg")
 
 
 @blueprint.get("/openapi.json")
@@ -313,7 +326,7 @@ def read_body() -> dict:
 
 def answer_page(answer: Callable[[dict], list[dict]], **page: Any) -> Response:
     """Answer with the website, and with what `answer` says to its form if that was sent."""
-    page |= {"samples": SAMPLES, "needs_key": bool(GATEWAY_API_KEY), "url": ""}
+    page |= {"needs_key": bool(GATEWAY_API_KEY), "url": ""}
     response = Response()
     if request.method == "POST":
         try:
@@ -329,9 +342,15 @@ def answer_page(answer: Callable[[dict], list[dict]], **page: Any) -> Response:
     return response
 
 
-def create_app() -> Flask:
-    """Return an application with all of the above, and no routes for pictures yet."""
+def create_app(model: Description | None = None, model_name: str = "") -> Flask:
+    """Return an application with all of the above, and no routes for pictures yet.
+
+    Args:
+        model: whose samples there are, and what problems say of the model.
+        model_name: its name on the model server.
+    """
     app = Flask("gateway", root_path=str(ROOT))
+    app.config |= {"MODEL": model, "MODEL_NAME": model_name}
     app.static_folder, app.template_folder = "website/static", "website"
     app.request_class = Request
     app.config["MAX_CONTENT_LENGTH"] = FORM_MAX_BYTES

@@ -8,12 +8,14 @@ import os
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from gunicorn import util
+from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import ThreadWorker
@@ -76,9 +78,13 @@ class Worker(ThreadWorker):
         `Connection: close`: the worker has cut it, or a body was not read to its end. gunicorn
         closes it then, and a client that did not know would lose its next request.
         """
-        import gateway
         import web
 
+        try:
+            import gateway
+        except ValueError as error:  # a setting that cannot be used; its sentence will do
+            self.log.critical("%s", error)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
         super().load_wsgi()
         gateway.app.register_error_handler(ParseException, lambda _: web.answer_problem(NOT_HTTP))
         answer = self.wsgi

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers.basics import ROOT, free_port
+from helpers.basics import ROOT, describe_model, free_port
 from helpers.servers import Server, wait_until_available, wait_until_ready
 from helpers.serving import Client
 
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 # What a shell starts in the background ignores Ctrl-C, and what the tests start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What the gateway knows of the models that the tests make, unless a test describes its own.
+DESCRIPTION = ROOT / f"build/tests/model-{os.getpid()}.json"
+
+
+os.environ["MODEL_DESCRIPTION"] = str(describe_model(DESCRIPTION))
+
+
+def pytest_unconfigure() -> None:
+    DESCRIPTION.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
@@ -135,14 +145,21 @@ def namespace() -> "Iterator[Namespace]":
 
 
 def export(base_path: Path, **parameters: object) -> Path:
-    """Run lesson 01 with these parameters; return ``base_path``, which then holds version 1."""
+    """Run the cells of lesson 01 that export; return ``base_path``, which then holds version 1.
+
+    The whole lesson, which also serves and measures, runs in ``make workbook``.
+    """
+    import nbformat
     import papermill
 
-    ports = {"GRPC_PORT": free_port(), "REST_PORT": free_port()}
+    lesson = nbformat.read(ROOT / "notebooks/01-saved-model.ipynb", as_version=4)
+    tags = {"parameters", "export"}
+    lesson.cells = [cell for cell in lesson.cells if tags & {*cell.metadata.get("tags", [])}]
+    nbformat.write(lesson, base_path.parent / "export.ipynb")
     papermill.execute_notebook(
-        ROOT / "notebooks/01-saved-model.ipynb",
-        base_path.parent / "01-saved-model.ipynb",
-        parameters={"EXPORT_DIR": str(base_path), **ports, **parameters},
+        base_path.parent / "export.ipynb",
+        base_path.parent / "exported.ipynb",
+        parameters={"EXPORT_DIR": str(base_path), **parameters},
         cwd=ROOT,
         kernel_name="python3",
         progress_bar=False,
@@ -152,7 +169,7 @@ def export(base_path: Path, **parameters: object) -> Path:
 
 @pytest.fixture(scope="session")
 def clothing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base path of the bundled model, exported by lesson 01 once for all workers.
+    """The base path of the bundled model, exported by the cells of lesson 01 once for all workers.
 
     It is shared: whoever wants to change it takes a copy.
     """
@@ -171,12 +188,15 @@ def clothing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base path with version 1 of a 32 × 32 classifier with random weights."""
+    """A base path with version 1 of a 32 × 32 classifier with random weights.
+
+    With these, it takes the drawn dress for a dress, which the gateway asks before it is ready.
+    """
     import tensorflow as tf
 
     base_path = tmp_path_factory.mktemp("tiny-model")
     module = tf.Module()
-    module.weights = tf.Variable(tf.random.stateless_normal([32 * 32 * 3, 10], seed=[1, 2]) / 30)
+    module.weights = tf.Variable(tf.random.stateless_normal([32 * 32 * 3, 10], seed=[1, 18]) / 30)
 
     @tf.function(input_signature=[tf.TensorSpec([None, 32, 32, 3], tf.float32, name="inputs")])
     def serve(inputs):

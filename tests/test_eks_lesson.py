@@ -97,6 +97,11 @@ def outside(tmp_path: Path) -> Iterator[Outside]:
     server.server_close()
 
 
+@pytest.mark.again
+@pytest.mark.skipif(
+    os.environ.get("LESSONS_AGAIN") != "1",
+    reason="runs a whole lesson; LESSONS_AGAIN=1 asks for it",
+)
 def test_without_agreement_no_account_is_asked(outside: Outside, clothing_model: Path) -> None:
     """Not even with credentials in the environment, a profile, and the programs installed."""
     status, printed, error = outside.run(EXPORT_DIR=clothing_model)

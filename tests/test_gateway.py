@@ -18,12 +18,13 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from helpers.basics import CLASSES, ROOT, free_port
+from helpers.basics import CLASSES, ROOT, describe_model, free_port
 from helpers.images import TURNS, encode, turned
 from helpers.servers import Server, WebHost, serve, wait_until_ready
 from keras_image_helper import create_preprocessor
 from PIL import Image, ImageDraw, ImageOps
 
+import description
 import tfserving
 from web import FormParser, Problem, UploadBudget
 
@@ -602,10 +603,11 @@ def save_other_model(path: Path, height: int = 48, width: int = 40, classes: int
 
 def test_another_model_drops_in(start_model_server, start_gateway, tmp_path):
     save_other_model(tmp_path / "other" / "7")
-    names = tmp_path / "names.txt"
-    names.write_text("sock\nglove\nscarf\n")
+    about = describe_model(
+        tmp_path / "model.json", name="other", classes=["sock", "glove", "scarf"]
+    )
     server = start_model_server(tmp_path / "other", model_name="other")
-    other = {"MODEL_NAME": "other", "CLASS_NAMES_FILE": str(names)}
+    other = {"MODEL_DESCRIPTION": str(about)}
 
     answer = send(start_gateway(server.grpc, **other), PICTURE).json()
     assert list(answer["predictions"]) == ["sock", "glove", "scarf"]
@@ -617,7 +619,10 @@ def test_another_model_drops_in(start_model_server, start_gateway, tmp_path):
 
     gateway = start_gateway(server.grpc, SIGNATURE_NAME="nonsense", **other)
     problem = assert_problem(send(gateway, PICTURE), 503, "model-unsuitable")
-    assert "nonsense" in problem["detail"]
+    assert (
+        "offers pixels, serving_default, and none of SIGNATURE_NAME, which is nonsense"
+        in (problem["detail"])
+    )
 
     gateway = start_gateway(server.grpc, MODEL_NAME="other")
     for response in (requests.get(f"{gateway.http}/readyz", timeout=30), send(gateway, PICTURE)):
@@ -820,8 +825,9 @@ def test_the_readme_names_every_variable_with_its_default() -> None:
     files = ("gateway.py", "links.py", "web.py", "gunicorn.conf.py")
     sources = [(ROOT / name).read_text() for name in files]
     defaults = dict(re.findall(r'\benv\(\s*"(\w+)", f?"([^"]*)"\)', "".join(sources)))
-    defaults = {name: value.replace("{app.root_path}/", "") for name, value in defaults.items()}
+    defaults["MODEL_DESCRIPTION"] = description.BUNDLED
+    defaults["MODEL_NAME"] = "the description's `name"  # and the table closes the backquotes
+    assert "".join(sources).count("env(") == len(defaults)
     rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \|", (ROOT / "README.md").read_text(), re.M)
     documented = {name: value.strip("`").replace("none", "") for name, value in rows}
-    assert len(defaults) == 13
     assert documented == defaults

@@ -185,7 +185,7 @@ class From(requests.adapters.HTTPAdapter):
         ("GET", "/static/nothing", 404, {}),
         ("GET", "/static/style.css", 200, {}),
         ("GET", "/static/script.js", 200, {}),
-        ("GET", "/static/samples/dress.webp", 200, {}),
+        ("GET", "/samples/0.jpg", 200, {}),
         ("GET", "/livez", 200, {}),
         ("GET", "/readyz", 200, {}),
         ("GET", "/metrics", 200, {}),

@@ -1,11 +1,13 @@
 """What the tests of all parts need: the tree, ports, processes, and patience."""
 
 import itertools
+import json
 import os
 import random
 import shutil
 import socket
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,18 @@ CLASSES = (ROOT / "model_server/classes.txt").read_text().split()
 
 
 SAMPLES = [ROOT / f"notebooks/samples/{name}.png" for name in CLASSES]
+
+
+def describe_model(path: Path, **changes: object) -> Path:
+    """Write a model's description, by default of the tiny model; return its path."""
+    dress = b64encode(SAMPLES[0].read_bytes()).decode()
+    said: dict[str, object] = {"name": "clothing-model", "title": "", "question": "What is it?"}
+    said |= {"classes": CLASSES, "height": 32, "width": 32}
+    said |= {"scaling": "xception", "resizing": "nearest"}
+    said |= {"samples": [{"class": "dress", "jpeg": dress}]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(said | changes))
+    return path
 
 
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
