@@ -150,20 +150,14 @@ def export(base_path: Path, **parameters: object) -> Path:
     The whole lesson, which also serves and measures, runs in ``make workbook``.
     """
     import nbformat
-    import papermill
 
-    lesson = nbformat.read(ROOT / "notebooks/01-saved-model.ipynb", as_version=4)
-    tags = {"parameters", "export"}
-    lesson.cells = [cell for cell in lesson.cells if tags & {*cell.metadata.get("tags", [])}]
-    nbformat.write(lesson, base_path.parent / "export.ipynb")
-    papermill.execute_notebook(
-        base_path.parent / "export.ipynb",
-        base_path.parent / "exported.ipynb",
-        parameters={"EXPORT_DIR": str(base_path), **parameters},
-        cwd=ROOT,
-        kernel_name="python3",
-        progress_bar=False,
-    )
+    namespace: dict[str, object] = {}
+    for cell in nbformat.read(ROOT / "notebooks/01-saved-model.ipynb", as_version=4).cells:
+        tags = cell.metadata.get("tags", [])
+        if "export" in tags or "parameters" in tags:
+            exec(compile(cell.source, f"lesson 01, {cell.id}", "exec"), namespace)
+        if "parameters" in tags:
+            namespace |= {"EXPORT_DIR": str(base_path), **parameters}
     return base_path
 
 

@@ -604,7 +604,7 @@ def save_other_model(path: Path, height: int = 48, width: int = 40, classes: int
 def test_another_model_drops_in(start_model_server, start_gateway, tmp_path):
     save_other_model(tmp_path / "other" / "7")
     about = describe_model(
-        tmp_path / "model.json", name="other", classes=["sock", "glove", "scarf"]
+        tmp_path / "model.json", name="other", classes=["sock", "glove", "scarf"], samples=[]
     )
     server = start_model_server(tmp_path / "other", model_name="other")
     other = {"MODEL_DESCRIPTION": str(about)}

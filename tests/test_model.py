@@ -1,26 +1,20 @@
 """The bundled classifier: its file, its export, its answers along every path, its pictures."""
 
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import urllib.request
 import uuid
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import export
 from helpers.basics import CLASSES, ROOT, SAMPLES
 from helpers.servers import Server
-from helpers.serving import Client
 from keras_image_helper import create_preprocessor
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
@@ -167,41 +161,6 @@ def test_validation_accuracy_through_the_served_path(model_server: Server) -> No
     print(f"{right} of {total} photos right")
     assert total > 0
     assert right / total >= 0.92
-
-
-def test_another_classifier_goes_through_lesson_01_to_an_unchanged_gateway(
-    tmp_path: Path,
-    clothing_model: Path,
-    model_server: Server,
-    start_gateway: Callable[..., Server],
-) -> None:
-    """The course's architecture: Xception, 299 × 299, ten logits; random weights, by a link."""
-    import keras
-
-    keras.utils.set_random_seed(1)
-    xception = keras.applications.Xception(
-        weights=None, input_shape=(299, 299, 3), classes=10, classifier_activation=None
-    )
-    file = tmp_path / f"xception-{uuid.uuid4().hex}.keras"
-    xception.save(file)
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        link = f"http://127.0.0.1:{server.server_port}/{file.name}"
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        export(tmp_path / "xception", MODEL_URL=link, MODEL_SHA256=digest)
-        server.shutdown()
-    (ROOT / "build/datasets" / file.name).unlink()
-
-    picture = SAMPLES[0]
-    with Client(model_server, "clothing-model") as client:
-        client.reload({client.model_name: clothing_model, "xception": tmp_path / "xception"})
-        gateway = start_gateway(model_server.grpc, MODEL_NAME="xception")
-        answer = over_gateway(gateway, picture)
-        client.serve(clothing_model)
-    logits = xception.predict(prepare(picture, side=299), verbose=0)
-    np.testing.assert_allclose(answer, tf.nn.softmax(logits)[0], atol=1e-5)
-    assert answer.sum() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", CLASSES)
