@@ -18,6 +18,7 @@ help:
 	@echo "  make lint       check style and types"
 	@echo "  make lab        open the notebooks in JupyterLab"
 	@echo "  make serve      run the model server and the gateway until Ctrl-C"
+	@echo "                  (with another model: make serve MODEL=build/leaf-model)"
 	@echo "  make bench      measure the model server and the gateway, in about nine minutes"
 	@echo "                  (measure the memory over more requests: make bench REQUESTS=20000)"
 	@echo "  make lock       write the newest versions into Pipfile.lock"
@@ -50,7 +51,7 @@ lab: setup
 	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 serve: setup
-	@$(PY) -m workbook.serve
+	@$(PY) -m workbook.serve $(MODEL)
 
 bench: setup
 	@PYTHON="$(PYTHON)" workbook/setup.sh peers

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
@@ -20,7 +21,7 @@ import psutil
 import pytest
 import requests
 import yaml
-from helpers.basics import ROOT, free_port
+from helpers.basics import ROOT, SAMPLES, describe_model, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
 
@@ -502,11 +503,11 @@ def test_serve_classifies_and_ends_on_ctrl_c(clothing_model: Path, busy_ports: l
         said = read_until(process, "Ctrl-C ends both.")
         for port in busy_ports:
             assert f"port {port} is busy: " in said
-        curl = re.search(r"curl -F file=@(\S+) (\S+)$", said, re.MULTILINE)
+        curl = re.search(r"curl --data '(.+)' (\S+)$", said, re.MULTILINE)
         assert curl is not None
-        with (ROOT / curl[1]).open("rb") as picture:
-            answer = requests.post(curl[2], files={"file": picture}, timeout=60).json()
-        assert answer["top_class"] == Path(curl[1]).stem
+        answer = requests.post(curl[2], data=curl[1], timeout=60).json()
+        assert answer["top_class"] == json.loads(curl[1])["sample"] == "dress"
+        assert answer["model"] == {"name": clothing_model.name, "version": 1}
         assert len(descendants(mark)) >= 3
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate()[0]
@@ -525,6 +526,24 @@ def test_serve_says_which_server_died_and_ends_the_other(clothing_model: Path) -
         assert descendants(mark) == []
     assert said.strip().startswith("The model server has ended with status -9; the last line of")
     assert len(said.strip().splitlines()) == 1
+
+
+def test_serve_says_at_once_what_is_wrong_with_a_model(tiny_model: Path, tmp_path: Path) -> None:
+    base_path = tmp_path / "odd-model"
+    shutil.copytree(tiny_model, base_path)
+    about = base_path / "1/assets.extra/model.json"
+    hat = {"class": "hat", "jpeg": b64encode(SAMPLES[0].read_bytes()).decode()}
+    for changes, sentence in (
+        ({"samples": [hat]}, "odd-model says dress to its own sample, hat"),
+        ({"classes": ["dress", "hat"]}, "must take pictures [-1, height, width, 3] and give 2"),
+        ({"scaling": "loud"}, "must have a scaling of xception, "),
+    ):
+        describe_model(about, **changes)
+        done = run(sys.executable, "-m", "workbook.serve", base_path)
+        assert done.returncode == 1
+        assert sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run(sys.executable, "-m", "workbook.serve", tmp_path)
+    assert "There is no version of a model in" in done.stderr
 
 
 # --- lint, workflow ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import grpc
 import numpy as np
 import pytest
 import requests
-from helpers.basics import CLASSES, ROOT, describe_model, free_port
+from helpers.basics import CLASSES, ROOT, SAMPLES, describe_model, free_port
 from helpers.images import TURNS, encode, turned
 from helpers.servers import Server, WebHost, serve, wait_until_ready
 from keras_image_helper import create_preprocessor
@@ -629,6 +630,24 @@ def test_another_model_drops_in(start_model_server, start_gateway, tmp_path):
         problem = assert_problem(response, 503, "model-unsuitable")
         assert "10 numbers" in problem["detail"]
         assert "[-1, 3]" in problem["detail"]
+
+
+def test_a_wrong_name_of_the_model_is_said(model_server, start_gateway):
+    gateway = start_gateway(model_server.grpc, MODEL_NAME="clothing-modle")
+    for response in (requests.get(f"{gateway.http}/readyz", timeout=30), send(gateway, PICTURE)):
+        problem = assert_problem(response, 503, "model-unavailable")
+        sentence = "no model named clothing-modle; the description is of clothing-model."
+        assert sentence in problem["detail"]
+
+
+def test_not_ready_where_the_model_errs_about_its_sample(model_server, start_gateway, tmp_path):
+    """As where its pictures are scaled otherwise than in training."""
+    hat = {"class": "hat", "jpeg": b64encode(SAMPLES[0].read_bytes()).decode()}
+    about = describe_model(tmp_path / "model.json", samples=[hat])
+    gateway = start_gateway(model_server.grpc, MODEL_DESCRIPTION=str(about))
+    response = requests.get(f"{gateway.http}/readyz", timeout=30)
+    problem = assert_problem(response, 503, "model-unsuitable")
+    assert "clothing-model says dress to its own sample, hat" in problem["detail"]
 
 
 def test_model_replaced_while_serving(start_model_server, start_gateway, tiny_model, tmp_path):

@@ -49,6 +49,7 @@ LESSONS: dict[str, tuple[list[str], list[Frame]]] = {
             ("namespace clothes", ["gateway", "server", "saved_model"]),
         ],
     ),
+    "10": (["keras", "export", "saved_model"], []),
     "09": (
         ["http", "gateway", "grpc", "server", "saved_model"],
         [

@@ -1,17 +1,21 @@
 """Run the model server and the gateway side by side until Ctrl-C: `make serve`.
 
-Its one argument is the folder of the model's versions, build/clothing-model if there is none.
+Its one argument is the folder of the model's versions, build/clothing-model if there is none:
+`make serve MODEL=build/leaf-model`. The folder's name is the model's.
 """
 
+import json
 import os
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
 
+import description
 from workbook.run import MODEL, ROOT, end_on_signals, execute, free_ports, lessons
 
 LOGS = ROOT / "build" / "serve"
@@ -63,13 +67,25 @@ def check_alive(servers: dict[str, subprocess.Popen]) -> None:
 
 
 def wait_until(servers: dict[str, subprocess.Popen], url: str, word: bytes = b"") -> None:
-    """Poll an address until it answers 200 with this word; raise `Ended` after two minutes."""
+    """Poll an address until it answers 200 with this word.
+
+    Raises:
+        Ended: It does not within two minutes; or a server has ended; or the gateway says that it
+            cannot work with this model, in whose case waiting does not help.
+    """
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         check_alive(servers)
-        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-            if word in answer.read():
-                return
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if word in answer.read():
+                    return
+        except HTTPError as error:
+            problem = json.load(error)
+            if "model-unsuitable" in problem.get("type", ""):
+                raise Ended(f"The gateway says: {problem['detail']}") from None
+        except OSError:
+            pass
         time.sleep(0.1)
     raise Ended(
         f"{url} was not ready within two minutes; see the logs in {os.path.relpath(LOGS)}/."
@@ -87,11 +103,13 @@ def main() -> int:
             if made.error:
                 print(f"{made.notebook} failed: {made.error}", file=sys.stderr)
                 return 1
+        if not any(base_path.glob("[0-9]*")):
+            raise Ended(f"There is no version of a model in {base_path}: lesson 01 exports one.")
         serve(base_path.resolve())
     except KeyboardInterrupt:
         print("\nInterrupted; everything that was started has ended.")
         return 0
-    except Ended as ended:
+    except (Ended, ValueError) as ended:  # the second where there is no description
         print(ended, file=sys.stderr)
         return 1
     return 0
@@ -101,11 +119,15 @@ def serve(base_path: Path) -> None:
     """Start both servers, print their addresses, and wait until one ends or a signal comes."""
     ports = free_ports(PORTS)
     grpc, http = f"127.0.0.1:{ports['GRPC_PORT']}", f"http://127.0.0.1:{ports['GATEWAY_PORT']}"
-    status = f"http://127.0.0.1:{ports['REST_PORT']}/v1/models/clothing-model"
+    status = f"http://127.0.0.1:{ports['REST_PORT']}/v1/models/{base_path.name}"
+    newest = max((each for each in base_path.glob("[0-9]*")), key=lambda each: int(each.name))
+    about = newest / "assets.extra/model.json"
+    label = next((sample.label for sample in description.read(about).samples), "")
+    body = json.dumps({"sample": label}, ensure_ascii=False)
     model_server = [
         *(sys.executable, "-m", "model_server"),
         *(f"--port={ports['GRPC_PORT']}", f"--rest_api_port={ports['REST_PORT']}"),
-        *("--model_name=clothing-model", f"--model_base_path={base_path}"),
+        *(f"--model_name={base_path.name}", f"--model_base_path={base_path}"),
     ]
     gunicorn = [
         *(sys.executable, "-m", "gunicorn"),
@@ -118,13 +140,20 @@ def serve(base_path: Path) -> None:
         wait_until(servers, status, b'"AVAILABLE"')
         print("starting the gateway …", flush=True)
         servers["gateway"] = stack.enter_context(
-            server("gateway", gunicorn, TF_SERVING_HOST=grpc, DRAIN_SECONDS="0")
+            server(
+                "gateway",
+                gunicorn,
+                TF_SERVING_HOST=grpc,
+                MODEL_DESCRIPTION=str(about),
+                MODEL_NAME=base_path.name,
+                DRAIN_SECONDS="0",
+            )
         )
         wait_until(servers, f"{http}/readyz")
         print(
             f"\n  model server   gRPC {grpc}, REST {status}\n  gateway        {http}\n"
             f"\nClassify a picture:\n\n"
-            f"  curl -F file=@notebooks/samples/dress.png {http}/predict\n\n"
+            f"  curl --data '{body}' {http}/predict\n\n"
             "Ctrl-C ends both.",
             flush=True,
         )
