@@ -1,10 +1,20 @@
-# The gateway: Python, the locked packages of [packages] in Pipfile, and the code. No TensorFlow.
+# The gateway: Python, the locked packages of [packages] in Pipfile, the code, and the description of
+# the model that it asks. No TensorFlow.
 #
 #   docker build --file gateway.dockerfile --tag clothing-gateway:001 .
 #   docker run --rm --publish 127.0.0.1:9696:9696 --env TF_SERVING_HOST=... clothing-gateway:001
 #
-# Behind a package mirror, add --build-arg PIP_INDEX_URL=...
+# For the model in build/leaf-model, add --build-arg MODEL_NAME=leaf-model, and behind a package
+# mirror --build-arg PIP_INDEX_URL=...
 ARG PYTHON_IMAGE=python:3.11-slim
+ARG MODEL_NAME=clothing-model
+
+FROM ${PYTHON_IMAGE} AS model
+ARG MODEL_NAME
+COPY . /context
+RUN test -f "/context/build/${MODEL_NAME}/1/assets.extra/model.json" \
+    || { echo "There is no build/${MODEL_NAME}/1/assets.extra/model.json: make workbook ONLY=01" \
+        "exports it, and only folders that end in -model reach Docker." >&2; exit 1; }
 
 FROM ${PYTHON_IMAGE} AS packages
 ARG PIP_INDEX_URL
@@ -20,7 +30,7 @@ RUN /pipenv/bin/pipenv requirements --hash > requirements.txt \
         --no-deps --require-hashes --requirement requirements.txt
 
 FROM ${PYTHON_IMAGE}
-LABEL org.opencontainers.image.title="clothing-gateway" \
+LABEL org.opencontainers.image.title="gateway" \
       org.opencontainers.image.description="Pictures in over HTTP, class probabilities out" \
       org.opencontainers.image.licenses="MIT"
 # What serves strangers has no use for a program that installs software.
@@ -34,8 +44,10 @@ WORKDIR /app
 COPY --from=packages /app/.venv .venv
 COPY --chown=10001:10001 website website
 COPY --chown=10001:10001 tfserving tfserving
-COPY --chown=10001:10001 model_server/classes.txt model_server/
-COPY --chown=10001:10001 gateway.py links.py pictures.py web.py worker.py gunicorn.conf.py ./
+COPY --chown=10001:10001 description.py gateway.py links.py pictures.py web.py worker.py gunicorn.conf.py ./
+ARG MODEL_NAME
+COPY --chown=10001:10001 --from=model /context/build/${MODEL_NAME}/1/assets.extra/model.json /app/model.json
+ENV MODEL_DESCRIPTION=/app/model.json
 USER 10001:10001
 EXPOSE 9696
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10s CMD ["python", "-c", "from http.client import HTTPConnection as H; h = H('127.0.0.1', 9696); h.request('GET', '/livez'); assert h.getresponse().status == 200"]

@@ -3,14 +3,18 @@
 #   docker build --file model_server/embedded.dockerfile --tag clothing-model:001 .
 #   docker run --rm --publish 127.0.0.1:8500:8500 --publish 127.0.0.1:8501:8501 clothing-model:001
 #
-# It takes the flags that model_server/Dockerfile gives to TensorFlow Serving. Behind a package
-# mirror, add --build-arg PIP_INDEX_URL=...
+# It takes the flags that model_server/Dockerfile gives to TensorFlow Serving. For the model in
+# build/leaf-model, add --build-arg MODEL_NAME=leaf-model, and behind a package mirror
+# --build-arg PIP_INDEX_URL=...
 ARG PYTHON_IMAGE=python:3.11-slim
+ARG MODEL_NAME=clothing-model
 
 FROM ${PYTHON_IMAGE} AS model
+ARG MODEL_NAME
 COPY . /context
-RUN test -d /context/build/clothing-model/1 \
-    || { echo "There is no build/clothing-model/1: make workbook ONLY=01 exports it." >&2; exit 1; }
+RUN test -d "/context/build/${MODEL_NAME}/1" \
+    || { echo "There is no build/${MODEL_NAME}/1: make workbook ONLY=01 exports it, and only folders" \
+        "that end in -model reach Docker." >&2; exit 1; }
 
 FROM ${PYTHON_IMAGE} AS packages
 ARG PIP_INDEX_URL
@@ -23,21 +27,23 @@ COPY Pipfile Pipfile.lock ./
 RUN /pipenv/bin/pipenv --python "$(command -v python3)" sync --categories="model-server"
 
 FROM ${PYTHON_IMAGE}
-LABEL org.opencontainers.image.title="clothing-model" \
-      org.opencontainers.image.description="TensorFlow Serving's API in Python, with the clothing model" \
+LABEL org.opencontainers.image.title="model" \
+      org.opencontainers.image.description="TensorFlow Serving's API in Python, with one model" \
       org.opencontainers.image.licenses="MIT"
 ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 COPY --from=packages /app/.venv .venv
 COPY --chown=10001:10001 model_server/batching.config model_server/monitoring.config /etc/serving/
 COPY --chown=10001:10001 model_server/*.py model_server/
-COPY --chown=10001:10001 --from=model /context/build/clothing-model /models/clothing-model
+ARG MODEL_NAME
+COPY --chown=10001:10001 --from=model /context/build/${MODEL_NAME} /models/${MODEL_NAME}
+ENV MODEL_NAME=${MODEL_NAME}
 USER 10001:10001
 EXPOSE 8500 8501
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8501 && printf 'GET /v1/models/clothing-model HTTP/1.0\\r\\n\\r\\n' >&3 && grep -q AVAILABLE <&3"]
-ENTRYPOINT ["python", "-m", "model_server"]
+HEALTHCHECK --interval=5s --timeout=5s --start-period=60s CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8501 && printf 'GET /v1/models/%s HTTP/1.0\\r\\n\\r\\n' \"$MODEL_NAME\" >&3 && grep -q AVAILABLE <&3"]
+# The shell knows the model's name, and exec makes the server process 1 in its place.
+ENTRYPOINT ["bash", "-c", "exec python -m model_server --model_name=\"$MODEL_NAME\" --model_base_path=\"/models/$MODEL_NAME\" \"$@\"", "serve"]
 CMD ["--port=8500", "--rest_api_port=8501", \
-     "--model_name=clothing-model", "--model_base_path=/models/clothing-model", \
      "--enable_batching=true", "--batching_parameters_file=/etc/serving/batching.config", \
      "--monitoring_config_file=/etc/serving/monitoring.config", \
      "--enable_grpc_healthcheck_service=true", \

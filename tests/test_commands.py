@@ -480,7 +480,11 @@ def test_a_registry_out_of_reach_is_noticed(
 
 def test_a_container_s_command_is_read_from_its_dockerfile() -> None:
     command = engine.command_of("model_server/Dockerfile", {"=8500": "=1234"})
-    assert command.startswith("tensorflow_model_server --port=1234 --rest_api_port=8501 --model_")
+    assert command.startswith("bash -c 'exec tensorflow_model_server --model_name=")
+    assert "' serve --port=1234 --rest_api_port=8501 --" in command
+    leaf = {"MODEL_NAME": "leaf-model"}
+    command = engine.command_of("model_server/Dockerfile", {"/models/leaf-model": "build/x"}, leaf)
+    assert '--model_name="leaf-model" --model_base_path="build/x"' in command
     with pytest.raises(KeyError, match="=1 is not in"):
         engine.command_of("gateway.dockerfile", {"=1": "=2"})
 

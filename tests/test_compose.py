@@ -102,7 +102,16 @@ def test_what_the_shell_sets_reaches_gateway_and_builds(read_config: Callable[..
     mirror = {"PIP_INDEX_URL": "http://mirror/simple", "PIP_TRUSTED_HOST": "mirror"}
     services = read_config(**mirror)["services"]
     for name in ("gateway", "model-server"):
-        assert services[name]["build"]["args"] == mirror
+        assert services[name]["build"]["args"] == mirror | {"MODEL_NAME": "clothing-model"}
+
+
+def test_one_variable_names_everything(read_config: Callable[..., dict]) -> None:
+    config = read_config(APP="leaf")
+    assert config["name"] == "leaf" and read_config()["name"] == "clothing"
+    for name, image in (("gateway", "leaf-gateway:001"), ("model-server", "leaf-model:001")):
+        assert config["services"][name]["image"] == image
+        assert config["services"][name]["build"]["args"]["MODEL_NAME"] == "leaf-model"
+    assert read_config(APP="leaf", COMPOSE_PROJECT_NAME="mine")["name"] == "mine"
 
 
 # --- The monitoring ------------------------------------------------------------------------------

@@ -64,16 +64,37 @@ def classify(url: str, picture: bytes, **options) -> requests.Response:
 
 
 @pytest.fixture(scope="session")
-def gateway_image(build: Callable[..., str]) -> str:
+def built_model(request: pytest.FixtureRequest) -> Path:
+    """The exported model where Dockerfiles look for it."""
+    folder = ROOT / "build/clothing-model"
+    if not (folder / "1").exists():
+        shutil.copytree(request.getfixturevalue("clothing_model"), folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gateway_image(build: Callable[..., str], built_model: Path) -> str:
     return build("clothing-gateway", GATEWAY)
 
 
 @pytest.fixture(scope="session")
-def embedded_image(build: Callable[..., str], request: pytest.FixtureRequest) -> str:
-    if not (ROOT / "build/clothing-model/1").exists():
-        model = request.getfixturevalue("clothing_model")
-        shutil.copytree(model, ROOT / "build/clothing-model", dirs_exist_ok=True)
+def embedded_image(build: Callable[..., str], built_model: Path) -> str:
     return build("clothing-model", EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def own_images(build: Callable[..., str], built_model: Path) -> Iterator[dict[str, str]]:
+    """Images of a model of one's own: the same one under another name."""
+    name = f"test{uuid.uuid4().hex[:8]}-model"
+    folder = shutil.copytree(built_model, ROOT / "build" / name)
+    try:
+        about = folder / "1/assets.extra/model.json"
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"name": name}))
+        argument = f"--build-arg=MODEL_NAME={name}"
+        gateway = build(name.replace("model", "gateway"), GATEWAY, argument)
+        yield {"name": name, "gateway": gateway, "model-server": build(name, EMBEDDED, argument)}
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
@@ -144,24 +165,50 @@ def test_both_images_serve_as_confined_as_their_manifests_say(
         assert [stop(gateway), stop(server)] == ["0", "0"]
 
 
-def test_the_context_holds_only_what_the_images_copy(
-    build: Callable[..., str], tmp_path: Path
+def test_a_model_of_ones_own_is_served_under_its_name(
+    own_images: dict[str, str], network: str
 ) -> None:
+    port, rest = free_port(), free_port()
+    on_net = [f"--network={network}", "--network-alias=own", f"--publish=127.0.0.1:{rest}:8501"]
+    beside = [f"--network={network}", "--env=TF_SERVING_HOST=own:8500"]
+    with (
+        container(*on_net, own_images["model-server"]) as server,
+        container(*beside, f"--publish=127.0.0.1:{port}:9696", own_images["gateway"]) as gateway,
+    ):
+        wait_for(gateway, f"http://127.0.0.1:{port}/readyz", own_images["name"].encode())
+        answered = classify(f"http://127.0.0.1:{port}", SAMPLES[0].read_bytes()).json()
+        assert (answered["model"]["name"], answered["top_class"]) == (own_images["name"], "dress")
+        assert answer(f"http://127.0.0.1:{rest}/v1/models/{own_images['name']}")
+        assert answer(f"http://127.0.0.1:{rest}{STATUS}") is None
+        eventually(lambda: inspect(server, ".State.Health.Status") == "healthy", "it is healthy")
+        assert docker("exec", server, "cat", "/proc/1/comm") == "python"
+        assert [stop(gateway), stop(server)] == ["0", "0"]
+
+
+def test_the_context_holds_only_what_the_images_copy(
+    build: Callable[..., str], built_model: Path, tmp_path: Path
+) -> None:
+    others = ROOT / "build" / f"test-{uuid.uuid4().hex[:8]}"
+    others.mkdir()
+    (others / "photo").touch()
     dockerfile = tmp_path / "Dockerfile"
     dockerfile.write_text("FROM python:3.11-slim\nCOPY . /context\n")
-    image = build("context", str(dockerfile))
+    try:
+        image = build("context", str(dockerfile))
+    finally:
+        shutil.rmtree(others)
     found = docker("run", "--rm", image, "find", "/context", "-type", "f").splitlines()
     names = {file.removeprefix("/context/").split("/")[0] for file in found}
     assert names - {"build"} == {
-        *("Pipfile", "Pipfile.lock", "gateway.py", "links.py", "pictures.py", "web.py"),
-        *("worker.py", "gunicorn.conf.py"),
+        *("Pipfile", "Pipfile.lock", "description.py", "gateway.py", "links.py", "pictures.py"),
+        *("web.py", "worker.py", "gunicorn.conf.py"),
         *("tfserving", "website", "model_server"),
     }
-    built = [file for file in found if file.startswith("/context/build/")]
-    assert all(file.startswith("/context/build/clothing-model/") for file in built)
+    models = {file.split("/")[3] for file in found if file.startswith("/context/build/")}
+    assert "clothing-model" in models and all(name.endswith("-model") for name in models)
     assert not [file for file in found if "__pycache__" in file or file.endswith(".keras")]
-    size = docker("run", "--rm", image, "du", "-s", "--block-size=1MB", "/context")
-    assert int(size.split()[0]) <= 20
+    du = ["du", "-s", "--block-size=1MB", "--exclude=/context/build", "/context"]
+    assert int(docker("run", "--rm", image, *du).split()[0]) <= 5
 
 
 def test_the_gateway_image_is_small_and_holds_no_more_than_it_needs(gateway_image: str) -> None:
@@ -188,7 +235,7 @@ def test_the_images_say_what_they_are_and_whether_they_are_healthy(
 ) -> None:
     for image in (gateway_image, embedded_image, serving_image):
         labels = json.loads(inspect(image, "json .Config.Labels"))
-        assert labels["org.opencontainers.image.title"] == image.split(":")[0]
+        assert image.split(":")[0].endswith(labels["org.opencontainers.image.title"])
         for name in ("description", "licenses"):
             assert labels[f"org.opencontainers.image.{name}"]
         check = json.loads(inspect(image, "json .Config.Healthcheck.Test"))
@@ -233,8 +280,8 @@ def test_the_gateway_image_works_with_nothing_it_could_do_without(
 # Asks from a container beside the gateway, since Docker's port on this machine takes connections
 # for a while when there is nobody behind it any more.
 CLIENT = """
-import pathlib, sys, threading, requests, urllib3
-picture = pathlib.Path("website/static/samples/dress.webp").read_bytes()
+import sys, threading, description, requests, urllib3
+picture = description.read("model.json").samples[0].jpeg
 def ask():
     try:
         while True:
@@ -312,6 +359,7 @@ def serving_image(build: Callable[..., str], embedded_image: str) -> str:
         "USER 0",
         f"RUN printf '{script}' > {server} && chmod +x {server}",
         "RUN rm -r /models /etc/serving",
+        "ENV MODEL_BASE_PATH=/models MODEL_NAME=model",
         'ENTRYPOINT ["/usr/bin/tf_serving_entrypoint.sh"]',
         "HEALTHCHECK NONE",
     ]
@@ -327,10 +375,9 @@ def test_the_tensorflow_serving_image_has_its_model_settings_and_health(serving_
     with container("--init", *HARDENED, "--tmpfs=/tmp", *publish, serving_image) as name:
         eventually(lambda: inspect(name, ".State.Health.Status") == "healthy", "healthy", 120)
         check = [*json.loads(inspect(name, "json .Config.Healthcheck.Test"))[1:]]
-        another = [word.replace("clothing-model", "another-model") for word in check]
-        for words, status in ((check, 0), (another, 1)):
-            done = subprocess.run(["docker", "exec", name, *words], timeout=60)
-            assert done.returncode == status
+        for model, status in (("clothing-model", 0), ("another-model", 1)):
+            ask = ["docker", "exec", f"--env=MODEL_NAME={model}", name, *check]
+            assert subprocess.run(ask, timeout=60).returncode == status
         assert docker("exec", name, "id", "-u") == "10001"
         with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
             health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
@@ -354,14 +401,16 @@ def test_the_official_image_is_what_the_dockerfile_builds_upon(build: Callable[.
         eventually(lambda: inspect(name, ".State.Health.Status") == "healthy", "healthy", 120)
 
 
-@pytest.mark.parametrize("dockerfile", [SERVING, EMBEDDED])
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+@pytest.mark.parametrize("name", ["clothing-model", "flower"])
 def test_without_a_model_one_sentence_says_what_to_do(
-    build: Callable[..., str], dockerfile: str, tmp_path: Path
+    build: Callable[..., str], dockerfile: str, name: str, tmp_path: Path
 ) -> None:
     for file in [*DOCKERFILES, "Pipfile", "Pipfile.lock", ".dockerignore"]:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
     arguments = ["--force-rm", f"--file={dockerfile}", "--build-arg=SERVING_IMAGE=python:3.11-slim"]
+    arguments += [f"--build-arg=MODEL_NAME={name}"]
     done = subprocess.run(
         ["docker", "build", *arguments, "."],
         cwd=tmp_path,
@@ -370,7 +419,9 @@ def test_without_a_model_one_sentence_says_what_to_do(
         timeout=300,
     )
     assert done.returncode != 0
-    assert "There is no build/clothing-model/1: make workbook ONLY=01" in done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert re.search(rf"There is no build/{name}/1.*: make workbook ONLY=01 exports it", said)
+    assert "only folders that end in -model reach Docker" in said
 
 
 @pytest.mark.parametrize("dockerfile", [GATEWAY, EMBEDDED])
@@ -402,7 +453,8 @@ class Stack:
         self.url = f"http://127.0.0.1:{self.port}"
         pictures = {
             "image": images["gateway"],
-            "command": ["python", "-m", "http.server", "8000", "--directory", "website/static"],
+            "command": ["python", "-m", "http.server", "8000", "--directory", "/pictures"],
+            "volumes": [f"{ROOT / 'notebooks/samples'}:/pictures:ro"],
             "healthcheck": {"disable": True},
             "init": True,
         }
@@ -483,7 +535,7 @@ def test_links_work_to_allowed_hosts_only(stack: Stack) -> None:
     def ask(url: str) -> requests.Response:
         return requests.post(f"{stack.url}/predict", json={"url": url}, timeout=60)
 
-    answer = ask("http://pictures:8000/samples/dress.webp")
+    answer = ask("http://pictures:8000/dress.png")
     assert answer.json()["top_class"] == "dress" and "fetch" in answer.json()["seconds"]
     refused = ask("http://model-server:8501/v1/models/clothing-model")
     assert refused.status_code == 400 and refused.json()["type"].endswith(":link-blocked")

@@ -6,7 +6,16 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers.manifests import KUBE, clothes, of_kind, pod_labels, read, render, selects
+from helpers.manifests import (
+    KUBE,
+    clothes,
+    namespace_of,
+    of_kind,
+    pod_labels,
+    read,
+    render,
+    selects,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,11 +82,11 @@ def reaches(objects: list[dict], source: End, target: End, port: int, protocol: 
 
 def ends(objects: list[dict]) -> dict[str, End]:
     """Everybody in the picture, and those who are not."""
-    deployments = of_kind(objects, "Deployment")
+    deployments, home = of_kind(objects, "Deployment"), namespace_of(objects)
     return {
-        "gateway": End("10.244.1.1", "clothes", pod_labels(deployments["gateway"])),
-        "model-server": End("10.244.1.2", "clothes", pod_labels(deployments["model-server"])),
-        "stranger here": End("10.244.1.3", "clothes", {"app.kubernetes.io/name": "stranger"}),
+        "gateway": End("10.244.1.1", home, pod_labels(deployments["gateway"])),
+        "model-server": End("10.244.1.2", home, pod_labels(deployments["model-server"])),
+        "stranger here": End("10.244.1.3", home, {"app.kubernetes.io/name": "stranger"}),
         "stranger": End("10.244.1.4", "default", pod_labels(deployments["gateway"])),
         "prometheus": End("10.244.1.5", "monitoring", {"app.kubernetes.io/name": "prometheus"}),
         "dns": End("10.244.1.6", "kube-system", {"k8s-app": "kube-dns"}),
@@ -100,11 +109,11 @@ Edges = set[tuple[str, str, int, str]]
 
 def edges(objects: list[dict]) -> Edges:
     """Every connection of the namespace's pods that the policies let through."""
-    everybody = ends(objects)
+    everybody, home = ends(objects), namespace_of(objects)
     return {
         (source, target, port, protocol)
         for source, target in itertools.permutations(everybody, 2)
-        if "clothes" in (everybody[source].namespace, everybody[target].namespace)
+        if home in (everybody[source].namespace, everybody[target].namespace)
         for port, protocol in itertools.product(PORTS, PROTOCOLS)
         if reaches(objects, everybody[source], everybody[target], port, protocol)
     }
@@ -112,7 +121,8 @@ def edges(objects: list[dict]) -> Edges:
 
 def picture(objects: list[dict]) -> Edges:
     """The connections that there should be."""
-    outside = [name for name, end in ends(objects).items() if end.namespace != "clothes"]
+    home = namespace_of(objects)
+    outside = [name for name, end in ends(objects).items() if end.namespace != home]
     return {
         *((name, "gateway", 9696, "TCP") for name in outside),
         ("gateway", "model-server", 8500, "TCP"),
@@ -141,7 +151,9 @@ def test_model_servers_let_gateways_in_whoever_else_could_get_out(clothes: list[
 
 
 def test_prometheus_gets_one_edge_more(clothes: list[dict]) -> None:
-    more = [*clothes, read(KUBE / "prometheus-networkpolicy.yaml")]
+    policy = read(KUBE / "prometheus/prometheus-networkpolicy.yaml")
+    policy["metadata"]["namespace"] = namespace_of(clothes)
+    more = [*clothes, policy]
     assert edges(more) == picture(clothes) | {("prometheus", "model-server", 8501, "TCP")}
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import mmap
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +18,21 @@ from helpers.manifests import (
     COMPOSE,
     DOCKERFILES,
     FILES,
+    FOLDERS,
     KUBE,
     MANIFESTS,
     NAMES,
+    OPTIONAL,
     clothes,
     container,
     default,
     environment,
+    namespace_of,
     objects,
     of_kind,
     pod_labels,
     ports,
+    probes,
     read,
     render,
     run_kustomize,
@@ -47,7 +52,7 @@ def test_a_file_has_one_object_whose_name_and_kind_it_bears(path: Path) -> None:
     assert path.name == f"{document['metadata']['name']}-{document['kind'].lower()}.yaml"
 
 
-@pytest.mark.parametrize("folder", ["base", "ping"])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_every_file_is_in_its_kustomization_which_has_namespace_and_tags(folder: str) -> None:
     kustomization = read(KUBE / folder / "kustomization.yaml")
     files = {path.name for path in (KUBE / folder).glob("*.yaml")} - {"kustomization.yaml"}
@@ -55,14 +60,15 @@ def test_every_file_is_in_its_kustomization_which_has_namespace_and_tags(folder:
     documents = [read(KUBE / folder / name) for name in files]
     assert not [each for each in documents if "namespace" in each["metadata"]]
     images = {container(each)["image"] for each in documents if each["kind"] == "Deployment"}
-    assert images == {each["name"] for each in kustomization["images"]}  # so without their tags
+    named = {each["name"] for each in kustomization.get("images", [])}
+    assert images == named  # so without their tags
 
 
-def test_optional_files_are_applied_to_the_same_namespace() -> None:
+def test_optional_folders_are_applied_to_the_same_namespace() -> None:
     namespace = read(KUBE / "base/kustomization.yaml")["namespace"]
-    paths = [path for path in MANIFESTS if path.parent == KUBE]
-    assert len(paths) == 2
-    assert {read(path)["metadata"]["namespace"] for path in paths} == {namespace}
+    for folder in OPTIONAL:
+        (only,) = run_kustomize(KUBE / folder)
+        assert only["metadata"]["namespace"] == namespace
 
 
 def test_an_image_has_the_same_tag_wherever_it_is_named() -> None:
@@ -95,12 +101,12 @@ def test_every_object_is_as_the_schemas_of_kubernetes_want_it(
     for each in objects:
         used = kubernetes_validate.validate(each, version, strict=True)
         assert version.startswith(used)  # the library takes older ones where it has none
-    policy = read(KUBE / "prometheus-networkpolicy.yaml")
+    policy = read(KUBE / "prometheus/prometheus-networkpolicy.yaml")
     kubernetes_validate.validate(policy, version, strict=True)
 
 
 def test_every_object_has_its_labels_and_the_namespace(objects: list[dict]) -> None:
-    (namespace,) = of_kind(objects, "Namespace")
+    namespace = namespace_of(objects)
     for each in objects:
         labels = {
             key.removeprefix("app.kubernetes.io/"): value
@@ -150,7 +156,7 @@ def test_images_are_made_here_and_never_asked_for_where_they_are(objects: list[d
         for tag in re.findall(r"docker build .*--tag ([\w:.-]+)", (ROOT / path).read_text())
     }
     for deployment in of_kind(objects, "Deployment").values():
-        assert container(deployment)["image"] in made
+        assert container(deployment)["image"].replace("leaf-", "clothing-") in made
         assert container(deployment)["imagePullPolicy"] == "IfNotPresent"
 
 
@@ -197,7 +203,29 @@ def test_gateways_look_up_all_model_servers_by_a_service_that_is_there(
     assert COMPOSE["gateway"]["environment"]["TF_SERVING_HOST"] == host
 
 
-# --- Kind and the optional files -----------------------------------------------------------------
+# --- Another model, Kind, and the optional files -------------------------------------------------
+
+
+def test_another_model_has_all_names_of_its_own(tmp_path: Path) -> None:
+    folders = [KUBE / name for name in ("own-model", *OPTIONAL)]
+    overlay = {"resources": [os.path.relpath(each, tmp_path.resolve()) for each in folders]}
+    overlay["namespace"] = read(KUBE / "own-model/kustomization.yaml")["namespace"]
+    (tmp_path / "kustomization.yaml").write_text(json.dumps(overlay))
+    objects = run_kustomize(tmp_path)
+    base = run_kustomize(KUBE / "base")
+    kinds = [of_kind(objects, kind) for kind in ("HTTPRoute", "NetworkPolicy")]
+    assert "gateway" in kinds[0] and "prometheus" in kinds[1] and len(objects) == len(base) + 2
+    for each in objects:
+        del each["metadata"]["labels"]
+        assert not re.search("cloth", json.dumps(each["metadata"]))
+    model = of_kind(objects, "Deployment")["model-server"]
+    images = [container(each)["image"] for each in of_kind(objects, "Deployment").values()]
+    assert images == ["leaf-gateway:001", "leaf-model:001"]
+    paths = [each["httpGet"]["path"] for each in probes(model).values() if "httpGet" in each]
+    assert sorted(paths) == ["/v1/models/leaf-model", "/v1/models/leaf-model/metadata"]
+    # What is left is the labels by which the base's objects find each other.
+    label = '"app.kubernetes.io/name": "clothing-(gateway|model)"'
+    assert not re.search("cloth", re.sub(label, "", json.dumps(objects)))
 
 
 def test_the_kind_cluster_has_a_node_image_that_nobody_can_change() -> None:
@@ -244,7 +272,7 @@ def test_metrics_server_is_pinned_and_patched(tmp_path: Path) -> None:
 
 
 def test_the_route_leads_to_the_gateways_service(render: Callable) -> None:
-    route = read(KUBE / "gateway-httproute.yaml")
+    route = read(KUBE / "httproute/gateway-httproute.yaml")
     assert (route["apiVersion"], route["kind"]) == ("gateway.networking.k8s.io/v1", "HTTPRoute")
     services = of_kind(render("base"), "Service")
     for rule in route["spec"]["rules"]:

@@ -428,12 +428,28 @@ def test_quantities(text: str | float, number: float) -> None:
 def test_commands_come_from_the_dockerfile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     image = read_image("model_server/embedded.dockerfile", paths={"/tmp": "build"})
-    assert image.context == ROOT and image.entrypoint == ["python", "-m", "model_server"]
-    assert "--model_base_path=/models/clothing-model" in image.command
+    assert image.context == ROOT and image.command[0] == "--port=8500"
+    assert image.entrypoint[:2] == ["bash", "-c"] and image.entrypoint[3:] == ["serve"]
+    assert image.entrypoint[2].startswith(
+        'exec python -m model_server --model_name="clothing-model"'
+    )
     assert image.paths["/models/clothing-model"] == str(ROOT / "build/clothing-model")
     assert image.paths["/etc/serving/batching.config"] == str(ROOT / "model_server/batching.config")
     assert image.paths["/tmp"] == str(ROOT / "build")
     assert read_image("kube-config/ping/Dockerfile", "kube-config/ping").context == PING
+
+
+def test_a_build_argument_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for dockerfile in ("model_server/Dockerfile", "model_server/embedded.dockerfile"):
+        image = read_image(dockerfile, arguments={"MODEL_NAME": "leaf-model"})
+        flags = '--model_name="leaf-model" --model_base_path="/models/leaf-model" "$@"'
+        assert image.entrypoint[2].endswith(f" {flags}")
+        assert image.paths["/models/leaf-model"] == str(ROOT / "build/leaf-model")
+        assert image.environment == {"MODEL_NAME": "leaf-model"}
+    image = read_image("gateway.dockerfile", arguments={"MODEL_NAME": "leaf-model"})
+    described = image.paths[image.environment["MODEL_DESCRIPTION"]]
+    assert described == str(ROOT / "build/leaf-model/1/assets.extra/model.json")
 
 
 # --- The whole, and its end ----------------------------------------------------------------------

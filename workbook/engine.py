@@ -107,13 +107,17 @@ def run(command: str, check: bool = True, width: int | None = None) -> None:
         raise RuntimeError(f"This failed, see above: {command}")
 
 
-def command_of(dockerfile: str, changes: dict[str, str]) -> str:
+def command_of(
+    dockerfile: str, changes: dict[str, str], arguments: dict[str, str] | None = None
+) -> str:
     """Return what a Dockerfile has in ENTRYPOINT and CMD, with changes for outside a container.
+
+    `arguments` are those of the build, as in `read_image`.
 
     Raises:
         KeyError: Something that is to be changed is not in the command.
     """
-    image = read_image(dockerfile)
+    image = read_image(dockerfile, arguments=arguments)
     words = [*image.entrypoint, *image.command]
     for inside, outside in changes.items():
         if not any(inside in word for word in words):

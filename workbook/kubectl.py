@@ -64,7 +64,12 @@ class Kubectl:
         self.tunnels: set[str] = set()
 
     def load(
-        self, image: str, dockerfile: str, paths: dict[str, str] | None = None, context: str = "."
+        self,
+        image: str,
+        dockerfile: str,
+        paths: dict[str, str] | None = None,
+        context: str = ".",
+        arguments: dict[str, str] | None = None,
     ) -> None:
         """Bring an image to where the pods run.
 
@@ -73,11 +78,12 @@ class Kubectl:
             dockerfile: where a rehearsal reads its command.
             paths: paths of the image, and what they are on this machine.
             context: the folder that the image is built from.
+            arguments: what the build got as `--build-arg`.
         """
         if self.rehearsal is None:
             run(load_command(image))
         else:
-            self.rehearsal.images[image] = read_image(dockerfile, context, paths)
+            self.rehearsal.images[image] = read_image(dockerfile, context, paths, arguments)
 
     def __call__(self, command: str, check: bool = True) -> None:
         """Do one command; raise RuntimeError when it fails, unless it may."""

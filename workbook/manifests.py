@@ -6,6 +6,7 @@ Everything here is a plain function of what a file says; nothing is started.
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,28 +32,57 @@ KNOWN = re.findall(
 class Image(NamedTuple):
     """What a Dockerfile makes: the folder it is built from, ENTRYPOINT and CMD.
 
-    `paths` are paths in the image, and where the same files are here.
+    `paths` are paths in the image, and where the same files are here; `environment` is what ENV
+    says of the model. (What else it says, such as PATH, means nothing outside a container.)
     """
 
     context: Path
     entrypoint: list[str]
     command: list[str]
     paths: dict[str, str]
+    environment: dict[str, str]
 
 
-def read_image(dockerfile: str, context: str = ".", paths: dict[str, str] | None = None) -> Image:
-    """Read the last stage of a Dockerfile; `paths` adds to what it copies, or overrides it."""
-    folder = Path(context).resolve()
-    image = Image(folder, [], [], {})
-    last_stage = re.split(r"^FROM ", Path(dockerfile).read_text(), flags=re.MULTILINE)[-1]
-    for line in last_stage.replace("\\\n", " ").splitlines():
+def read_image(
+    dockerfile: str,
+    context: str = ".",
+    paths: dict[str, str] | None = None,
+    arguments: dict[str, str] | None = None,
+) -> Image:
+    """Read the last stage of a Dockerfile.
+
+    Args:
+        dockerfile: its path.
+        context: the folder that the image is built from.
+        paths: adds to what the Dockerfile copies, or overrides it.
+        arguments: what a build gets as `--build-arg`.
+    """
+    folder, known = Path(context).resolve(), dict[str, str]()
+    image = Image(folder, [], [], {}, {})
+
+    def expand(text: str) -> str:
+        return re.sub(r"\$\{?(\w+)\}?", lambda match: known.get(match[1], match[0]), text)
+
+    stages = re.split(r"^FROM ", Path(dockerfile).read_text(), flags=re.MULTILINE)
+    for line in (stages[0] + stages[-1]).replace("\\\n", " ").splitlines():
         match line.split(maxsplit=1):
+            case ["ARG", word]:
+                name, has_default, default = word.partition("=")
+                if has_default:
+                    known[name] = (arguments or {}).get(name, expand(default))
+            case ["ENV", words]:
+                said = dict(word.split("=", 1) for word in shlex.split(expand(words)))
+                known |= said
+                image.environment.update(
+                    (name, value) for name, value in said.items() if name.startswith("MODEL_")
+                )
             case ["ENTRYPOINT", words]:
-                image.entrypoint[:] = json.loads(words)
+                image.entrypoint[:] = map(expand, json.loads(words))
             case ["CMD", words]:
                 image.command[:] = json.loads(words)
             case ["COPY", words]:
-                *sources, target = [word for word in words.split() if not word.startswith("--")]
+                words = expand(words).split()
+                *sources, target = [word for word in words if not word.startswith("--")]
                 for source in sources if target.startswith("/") else []:
                     inside = target + Path(source).name if target.endswith("/") else target
                     image.paths[inside] = str(folder / source.removeprefix("/context/"))

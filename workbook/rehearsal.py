@@ -310,13 +310,14 @@ class Rehearsal:
 
     def _options(self, pod: Pod, words: list[str]) -> dict[str, Any]:
         """Return what `subprocess` needs to run a command as in a pod's container."""
-        asked = manifests.environment(pod.container, self._secret)
+        image = self.images[pod.image]
+        asked = image.environment | manifests.environment(pod.container, self._secret)
         here = dict(zip(asked, self._here(pod, [*asked.values()]), strict=True))
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"PATH": path, "PYTHONUNBUFFERED": "1", "REHEARSAL": self.id}
         return {
             "args": self._here(pod, words),
-            "cwd": self.images[pod.image].context,
+            "cwd": image.context,
             "env": {**os.environ, **own, **here},
             "stdin": subprocess.DEVNULL,
             "stderr": subprocess.STDOUT,

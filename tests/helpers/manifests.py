@@ -31,15 +31,16 @@ ENVIRONMENTS = {
     "kind": (["kind"], []),
     "kind with embedded": (["kind"], ["embedded"]),
     "gpu": (["gpu"], []),
+    "own-model": (["own-model"], []),
     "ping": (["ping"], []),
 }
 CLOTHES = [name for name in ENVIRONMENTS if name != "ping"]
 FILES = sorted(path for path in KUBE.rglob("*.yaml"))
-ONE_OBJECT = [
-    *(path for path in FILES if path.parent.name in ("base", "ping")),
-    *KUBE.glob("*.yaml"),
+OPTIONAL = ["httproute", "prometheus"]  # for overlays that want them
+FOLDERS = ["base", "ping", *OPTIONAL]
+MANIFESTS = [
+    path for path in FILES if path.parent.name in FOLDERS and path.name != "kustomization.yaml"
 ]
-MANIFESTS = [path for path in ONE_OBJECT if path.name != "kustomization.yaml"]
 
 
 def read(path: Path) -> dict:
@@ -91,6 +92,11 @@ def clothes(request: pytest.FixtureRequest, render: Callable[[str], list[dict]])
 def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
     """The objects of a kind by their names."""
     return {each["metadata"]["name"]: each for each in objects if each["kind"] == kind}
+
+
+def namespace_of(objects: list[dict]) -> str:
+    (name,) = of_kind(objects, "Namespace")
+    return name
 
 
 def pod(deployment: dict) -> dict:
