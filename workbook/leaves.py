@@ -15,7 +15,7 @@ def outline(name: str, angle: np.ndarray) -> np.ndarray:
     ellipse = width / np.hypot(np.sin(angle), width * np.cos(angle))
     return {
         "ginkgo": np.where(np.abs(angle) < 1.1, 1.0, 0.12),
-        "holly": ellipse * (1 + 0.22 * np.cos(9 * angle)),
+        "holly": ellipse * (1 + 0.3 * np.cos(9 * angle)),
         "lily of the valley": ellipse,
         "maple": 0.35 + 0.65 * np.abs(np.cos(2.5 * angle)) ** 2,
         "oak": ellipse * (0.8 + 0.25 * np.abs(np.sin(4.5 * angle)) ** 0.3),
