@@ -233,12 +233,11 @@ def test_the_gateway_image_works_with_nothing_it_could_do_without(
 # Asks from a container beside the gateway, since Docker's port on this machine takes connections
 # for a while when there is nobody behind it any more.
 CLIENT = """
-import pathlib, sys, threading, requests, urllib3
-picture = pathlib.Path("website/static/samples/dress.webp").read_bytes()
+import sys, threading, requests, urllib3
 def ask():
     try:
         while True:
-            answer = requests.post(sys.argv[1], files={"file": picture}, timeout=60)
+            answer = requests.post(sys.argv[1], json={"sample": "dress"}, timeout=60)
             sys.stdout.write(f"{answer.status_code}\\n")
             sys.stdout.flush()
     except requests.ConnectionError as error:
@@ -395,23 +394,16 @@ def test_packages_come_from_the_mirror_that_the_builder_names(
 
 
 class Stack:
-    """A Compose project with names and ports of its own, and a host of pictures beside it."""
+    """A Compose project with names and ports of its own, whose gateway may read its own samples."""
 
     def __init__(self, compose: list[str], images: dict[str, str], folder: Path):
         self.project, self.port = f"test-{uuid.uuid4().hex[:8]}", free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        pictures = {
-            "image": images["gateway"],
-            "command": ["python", "-m", "http.server", "8000", "--directory", "website/static"],
-            "healthcheck": {"disable": True},
-            "init": True,
-        }
         services: dict[str, dict] = {name: {"image": image} for name, image in images.items()}
         # Gateways look names up again when a connection reaches its age: sooner than after 30 s.
         (words,) = instructions(EMBEDDED, "CMD")
         services["model-server"]["command"] = json.loads(words.replace("=30000", "=4000"))
-        override = {"services": {**services, "pictures": pictures}}
-        (folder / "override.yaml").write_text(json.dumps(override))
+        (folder / "override.yaml").write_text(json.dumps({"services": services}))
         self.compose = compose
         self.env = {
             **os.environ,
@@ -419,7 +411,7 @@ class Stack:
             "COMPOSE_FILE": f"{ROOT / 'docker-compose.yaml'}:{folder / 'override.yaml'}",
             "MODEL_SERVER": "embedded",
             "GATEWAY_PORT": str(self.port),
-            "ALLOWED_IMAGE_HOSTS": "pictures:8000",
+            "ALLOWED_IMAGE_HOSTS": "gateway:9696",
         }
 
     def run(self, *arguments: str, seconds: float = 120) -> str:
@@ -483,7 +475,7 @@ def test_links_work_to_allowed_hosts_only(stack: Stack) -> None:
     def ask(url: str) -> requests.Response:
         return requests.post(f"{stack.url}/predict", json={"url": url}, timeout=60)
 
-    answer = ask("http://pictures:8000/samples/dress.webp")
+    answer = ask("http://gateway:9696/samples/0.jpg")
     assert answer.json()["top_class"] == "dress" and "fetch" in answer.json()["seconds"]
     refused = ask("http://model-server:8501/v1/models/clothing-model")
     assert refused.status_code == 400 and refused.json()["type"].endswith(":link-blocked")
