@@ -2,7 +2,6 @@
 
 import logging
 import math
-import mimetypes
 import os
 
 env = os.environ.setdefault
@@ -19,4 +18,3 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_li
 # The system's lookup of names: glibc would wait for 10 seconds.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
 logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show links
-mimetypes.add_type("image/webp", ".webp")  # Python 3.11 in a slim image does not know it

@@ -324,9 +324,11 @@ def read_body() -> dict:
     return body
 
 
-def answer_page(answer: Callable[[dict], list[dict]], **page: Any) -> Response:
+def answer_page(answer: Callable[[dict], list[dict]], model: Description, **page: Any) -> Response:
     """Answer with the website, and with what `answer` says to its form if that was sent."""
-    page |= {"needs_key": bool(GATEWAY_API_KEY), "url": ""}
+    # The page keeps the place that these need; probabilities of 0.5 make for the longest sentence.
+    longest = [(name, 0.5) for name in sorted(model.classes, key=len, reverse=True)]
+    page |= {"needs_key": bool(GATEWAY_API_KEY), "url": "", "model": model, "longest": longest}
     response = Response()
     if request.method == "POST":
         try:

@@ -2,10 +2,9 @@
 
     .venv/bin/python model_server/training/draw.py
 
-writes ``<class>.png`` for each class to ``notebooks/samples/``, and the same drawing, small, to
-``website/static/samples/<class>.webp`` for the website. A picture depends on its class and its seed
-alone. Seeds below 1,000 belong to the samples. Training draws its own variations with seeds from
-1,000 on, and never sees the samples.
+writes ``<class>.png`` for each class to ``notebooks/samples/``. A picture depends on its class and
+its seed alone. Seeds below 1,000 belong to the samples. Training draws its own variations with
+seeds from 1,000 on, and never sees the samples.
 """
 
 import colorsys
@@ -17,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFilter
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ROOT / "model_server/classes.txt"
 SAMPLES = ROOT / "notebooks/samples"
-WEBSITE = ROOT / "website/static/samples"
 FINER = 2  # times larger than the picture; reducing the drawing smooths every edge
 
 Points = list[tuple[float, float]]
@@ -678,13 +676,6 @@ def draw(class_name: str, seed: int, width: int = 480) -> Image.Image:
     return drawing.image()
 
 
-def shrink(drawing: Image.Image) -> Image.Image:
-    """The drawing as the website shows it: RGB, half as wide and half as high."""
-    return drawing.reduce(2)
-
-
 if __name__ == "__main__":
     for name in CLASSES.read_text().split():
-        drawing = draw(name, seed=4)
-        drawing.save(SAMPLES / f"{name}.png", optimize=True)
-        shrink(drawing).save(WEBSITE / f"{name}.webp", quality=85, method=6)
+        draw(name, seed=4).save(SAMPLES / f"{name}.png", optimize=True)

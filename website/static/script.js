@@ -1,5 +1,5 @@
 // The page works without this script, by form posts. With it, answers come in place: links,
-// files, drops, pastes, the camera and the drawn samples all end in classify().
+// files, drops, pastes, the camera and the samples all end in classify().
 "use strict";
 
 const AT_A_TIME = 3; // requests of a gallery that are under way together
@@ -13,9 +13,7 @@ const announcer = document.querySelector("#announcer");
 const lock = document.querySelector("#lock");
 const blankCard = document.querySelector("#blank").content.firstElementChild;
 const blankRow = blankCard.querySelector(".chart li");
-const wordsOf = new Map(
-  [...blankCard.querySelectorAll(".chart li")].map((row) => [row.dataset.name, row.dataset]),
-);
+const SHOWN = blankCard.querySelectorAll(".chart li:not(.others)").length; // rows of a chart
 
 /** What went wrong, as a sentence for the visitor. */
 class Problem extends Error {
@@ -29,7 +27,7 @@ class Problem extends Error {
 
 let batch = new AbortController();
 
-/** Ask for every picture; each is {name} with a link, a file, or the source of a sample. */
+/** Ask for every picture; each is {name} with a link, a file, or a sample and its source. */
 async function classify(pictures) {
   batch.abort(); // a new choice replaces what is still under way
   batch = new AbortController();
@@ -58,7 +56,7 @@ async function run(job) {
   const { card, signal } = job;
   card.classList.remove("failed");
   card.querySelector(".again").hidden = true;
-  card.querySelector(".sentence").textContent = "Looking at the picture …";
+  card.querySelector("h3").textContent = "Looking at the picture …";
   card.setAttribute("aria-busy", "true");
   try {
     showAnswer(job, await ask(job));
@@ -72,16 +70,17 @@ async function run(job) {
 
 /** Return the gateway's answer, or throw a Problem. */
 async function ask({ link, file, sample, name, signal }) {
-  let body = JSON.stringify({ url: link, preview: true });
-  if (!link) {
+  let body = JSON.stringify({ url: link, sample, preview: true });
+  if (file) {
     body = new FormData();
-    body.append("file", file ?? (await (await send(sample, { signal })).blob()), name);
+    body.append("file", file, name);
     body.append("preview", "true");
   }
   for (;;) {
     const key = store.gatewayKey;
     const headers = key ? { Authorization: `Bearer ${asHeader(key)}` } : {};
-    const response = await send("predict", { method: "POST", headers, body, signal });
+    const options = { method: "POST", headers, body, signal };
+    const response = await fetch("predict", options).catch(failToReach);
     if (response.ok) return response.json().catch(failToReach);
     if (response.status !== 401) {
       const worthRepeating = response.status === 429 || response.status >= 500;
@@ -94,8 +93,6 @@ async function ask({ link, file, sample, name, signal }) {
     }
   }
 }
-
-const send = (address, options) => fetch(address, options).catch(failToReach);
 
 function failToReach() {
   throw new Problem("The gateway cannot be reached; check your connection, then try again.", true);
@@ -149,11 +146,11 @@ function asHeader(text) {
 
 // ---- What a card shows
 
-function makeCard({ name, link, file, sample }) {
+function makeCard({ name, link, file, source }) {
   const card = blankCard.cloneNode(true);
   card.querySelector("figcaption").textContent = name;
   // The page itself loads nothing from elsewhere: a link's picture comes with the answer.
-  if (!link) showPicture(card, file ? URL.createObjectURL(file) : sample);
+  if (!link) showPicture(card, file ? URL.createObjectURL(file) : source);
   return card;
 }
 
@@ -181,9 +178,11 @@ function showAnswer({ card }, answer) {
   if (!card.querySelector("img")) showPicture(card, answer.preview);
 
   const ranked = Object.entries(answer.predictions).sort(([, one], [, other]) => other - one);
-  card.querySelector(".chart").replaceChildren(...ranked.map(makeRow));
+  const others = [...card.querySelectorAll(".chart .others")];
+  for (const line of others) line.textContent = sumUp(ranked.slice(SHOWN));
+  card.querySelector(".chart").replaceChildren(...ranked.slice(0, SHOWN).map(makeRow), ...others);
   const sentence = describe(ranked);
-  card.querySelector(".sentence").textContent = sentence;
+  card.querySelector("h3").textContent = sentence;
 
   const { name, version } = answer.model;
   const facts = { model: `${name}, version ${version}` };
@@ -198,35 +197,40 @@ function showAnswer({ card }, answer) {
 
 function makeRow([name, probability]) {
   const row = blankRow.cloneNode(true);
-  row.dataset.name = name;
   row.querySelector(".name").textContent = name;
   row.querySelector("rect").setAttribute("width", `${100 * probability}%`);
-  row.querySelector(".value").textContent = `${(100 * probability).toFixed(1)}\u00a0%`;
+  row.querySelector(".value").textContent = percent(probability, 1);
   return row;
 }
 
+function sumUp(others) {
+  const together = others.reduce((sum, [, probability]) => sum + probability, 0);
+  return `and ${others.length} others, together ${percent(together, 1)}`;
+}
+
+const percent = (probability, digits) => `${(100 * probability).toFixed(digits)}\u00a0%`;
+
 /** The best class in words, and the second as well where the best is not sure. */
-function describe([[first, best], [second, next]]) {
-  const percent = (probability) => `${Math.min(99, Math.round(100 * probability))}\u00a0%`;
-  const noun = (name) => wordsOf.get(name)?.noun ?? name;
-  if (best >= Number(section.dataset.unsure)) {
-    return `${wordsOf.get(first)?.verdict ?? first} (${percent(best)}).`;
-  }
-  return `Perhaps ${noun(first)} (${percent(best)}) or ${noun(second)} (${percent(next)}).`;
+function describe(ranked) {
+  const rounded = (probability) => percent(Math.min(0.99, probability), 0);
+  const [[name, best]] = ranked;
+  if (best >= Number(section.dataset.unsure)) return `${name}, ${rounded(best)}`;
+  const choice = ranked.slice(0, 2).map(([each, value]) => `${each} (${rounded(value)})`);
+  return `Perhaps ${choice.join(" or ")}`;
 }
 
 function showFailure(job, { message, worthRepeating }) {
   const { card, link } = job;
   const again = card.querySelector(".again");
   card.classList.add("failed");
-  card.querySelector(".sentence").textContent = "No answer for this picture.";
+  card.querySelector("h3").textContent = "No answer for this picture.";
   again.hidden = !worthRepeating;
   again.onclick = async () => {
     card.focus(); // the button is about to vanish
     refused = null;
     showProblem("");
     await run(job);
-    if (cards.childElementCount > 1) announce(card.querySelector(".sentence").textContent);
+    if (cards.childElementCount > 1) announce(card.querySelector("h3").textContent);
   };
   if (cards.childElementCount > 1) {
     card.querySelector(".problem").textContent = message;
@@ -271,12 +275,13 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   const link = form.url.value.trim();
   if (event.submitter?.name === "sample") {
-    const sample = event.submitter.querySelector("img").getAttribute("src");
-    classify([{ name: "A drawn sample", sample }]);
+    const sample = event.submitter.value;
+    const source = event.submitter.querySelector("img").src;
+    classify([{ name: `A sample: ${sample}`, sample, source }]);
   } else if (link) {
     classify([fromLink(link)]);
   } else {
-    const sentence = "Paste a link, choose a picture or click a drawing first.";
+    const sentence = "Paste a link or choose a picture first.";
     showProblem(sentence, true);
     announce(sentence);
     form.url.focus();
