@@ -5,20 +5,30 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
+import papermill
 import psutil
 import pytest
+from conftest import export
 from helpers.basics import ROOT, eventually, free_port, processes_with
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from test_own_model import KINDS, parameters_for, picture
 
 from workbook import servers
 from workbook.run import ports_of
+
+
+def again(test: Callable) -> Callable:
+    """Mark a test that executes a whole lesson."""
+    reason = "takes minutes; LESSONS_AGAIN=1 asks for it"
+    skip = pytest.mark.skipif(os.environ.get("LESSONS_AGAIN") != "1", reason=reason)
+    return pytest.mark.again(skip(test))
 
 
 class Lesson(NamedTuple):
@@ -141,10 +151,7 @@ def reading(name: str, folder: Path, model: Path) -> Iterator[Reader]:
         yield Reader(client)
 
 
-@pytest.mark.again
-@pytest.mark.skipif(
-    os.environ.get("LESSONS_AGAIN") != "1", reason="takes minutes; LESSONS_AGAIN=1 asks for it"
-)
+@again
 @pytest.mark.parametrize("name", LESSONS)
 def test_cells_run_again_and_leave_no_second_server(
     name: str, clothing_model: Path, tmp_path: Path
@@ -209,3 +216,29 @@ def test_waiting_ends_with_the_server_and_shows_its_last_words(tmp_path: Path) -
 def test_waiting_for_nobody_ends_in_time() -> None:
     with pytest.raises(TimeoutError, match="did not answer within 0 seconds"):
         servers.wait_for(f"http://127.0.0.1:{free_port()}/", seconds=0)
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of another model: 160 × 160 pixels, three classes, one with a space."""
+    kind, folder = KINDS["mobilenet-160"], tmp_path_factory.mktemp("other")
+    parameters = parameters_for(folder / "given", kind.build(), kind)
+    return export(folder / "colour-model", **parameters)
+
+
+@again
+@pytest.mark.parametrize("number", ["02", "03", "04", "05"])
+def test_a_lesson_takes_another_model(number: str, other_model: Path, tmp_path: Path) -> None:
+    """Nothing but the folder and a picture is said."""
+    (lesson,) = (ROOT / "notebooks").glob(f"{number}-[!b]*.ipynb")
+    (tmp_path / "picture.png").write_bytes(picture("fire red"))
+    parameters: dict[str, object] = {name: free_port() for name in ports_of(lesson)}
+    parameters |= {"EXPORT_DIR": str(other_model), "IMAGE": str(tmp_path / "picture.png")}
+    parameters |= {"WORKBOOK_ENGINE": "embedded"}
+    executed = tmp_path / "executed.ipynb"
+    papermill.execute_notebook(
+        lesson, executed, parameters, cwd=ROOT, kernel_name="python3", progress_bar=False
+    )
+    cells = nbformat.read(executed, as_version=4).cells
+    printed = "".join(str(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+    assert "prediction: fire red" in printed and "checkpoint passed" in printed
