@@ -1,9 +1,15 @@
-"""Publish the images to ECR and write the overlay that runs them: ``python -m eks.publish``."""
+"""Publish the images to ECR and write the overlay that runs them: ``python -m eks.publish``.
+
+They are those that the manifests name. With ``APP=leaf``, as for Compose, leaf-gateway and
+leaf-model take their places; a model is called as its image is.
+"""
 
 import argparse
 import ipaddress
 import json
 import os
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +17,9 @@ import yaml
 
 from eks.account import ROOT, Cluster, Problem, connect, reported
 from eks.images import inspect, logged_in, push
+from eks.services import find_kubectl
 
 SERVICE = "gateway"
-IMAGES = ["clothing-gateway:001", "clothing-model:001"]
-GPU_IMAGES = ["clothing-gateway:001", "clothing-model:001-gpu"]
 LIFECYCLE = {
     "rules": [
         {
@@ -38,7 +43,7 @@ MANIFESTS = [
 
 
 class Image:
-    """A local image, such as clothing-model:001, and its place in the registry."""
+    """A local image, such as clothing-model:001, and its places: a registry, and a container."""
 
     def __init__(self, reference: str, cluster: Cluster):
         self.reference = reference
@@ -46,9 +51,58 @@ class Image:
         if not self.tag:
             raise Problem(f"{reference} has no tag: write {reference}:001, for example.")
         self.repository = f"{cluster.project}/{self.name}"
+        self.container: dict[str, Any] = {}
         self.address = ""
         self.id: str | None = None
         self.digest: str | None = None
+
+
+def containers(base: Path) -> dict[str, dict[str, Any]]:
+    """Return the containers that kustomize makes of a folder, by their images."""
+    kubectl = find_kubectl()
+    if not kubectl:
+        raise Problem("Reading the manifests takes kubectl: install it.")
+    done = subprocess.run([kubectl, "kustomize", base], capture_output=True, text=True)
+    if done.returncode:
+        raise Problem(f"kubectl cannot build {base}: {done.stderr.strip()}")
+    objects = [each for each in yaml.safe_load_all(done.stdout) if each["kind"] == "Deployment"]
+    found = [each["spec"]["template"]["spec"]["containers"][0] for each in objects]
+    return {each["image"]: each for each in found}
+
+
+def role(reference: str) -> str:
+    """Return the last word of an image's name: gateway or model."""
+    return reference.partition(":")[0].rpartition("-")[2]
+
+
+def own_image(reference: str) -> str:
+    """Return what stands for an image of the manifests: the same one, or that of APP."""
+    app = os.environ.get("APP")
+    return f"{app}-{role(reference)}:{reference.partition(':')[2]}" if app else reference
+
+
+def place(images: list[Image], named: dict[str, dict[str, Any]]) -> None:
+    """Give each image the container that runs it; raise Problem unless they fit one to one."""
+    roles = {role(reference): container for reference, container in named.items()}
+    if sorted(role(image.reference) for image in images) != sorted(roles):
+        raise Problem(
+            f"The manifests name {' and '.join(named)}: give one image for each, whose name ends"
+            f" in {' and '.join(f'-{each}' for each in roles)}, or none."
+        )
+    for image in images:
+        image.container = roles[role(image.reference)]
+
+
+def rename_probes(image: Image) -> list[dict[str, str]]:
+    """Return the changes after which a model server's probes ask for the image's model."""
+    changes = []
+    for kind in ("readinessProbe", "livenessProbe"):
+        path = image.container[kind]["httpGet"]["path"]
+        wanted = re.sub("^(/v1/models/)[^/]+", rf"\g<1>{image.name}", path)
+        if wanted != path:
+            field = f"/spec/template/spec/containers/0/{kind}/httpGet/path"
+            changes.append({"op": "replace", "path": field, "value": wanted})
+    return changes
 
 
 def ensure_repository(ecr: Any, cluster: Cluster, name: str, dry_run: bool) -> str:
@@ -123,31 +177,37 @@ def published(ecr: Any, image: Image) -> str | None:
     return None
 
 
-def write_overlay(folder: Path, images: list[Image], allowed: list[str], gpu: bool) -> None:
+def write_overlay(folder: Path, base: Path, images: list[Image], allowed: list[str]) -> None:
     """Write the overlay with the images' names in one account to a folder that git ignores.
 
     Args:
         folder: where its kustomization.yaml goes.
+        base: the folder that the overlay is over.
         images: named by their digest, or by their tag if there is no digest.
         allowed: the networks that may use the load balancer; it stays closed if there are none.
-        gpu: whether the overlay is over eks/gpu instead of eks.
     """
-    base = ROOT / "eks/gpu" if gpu else ROOT / "eks"
     folder.mkdir(parents=True, exist_ok=True)
     overlay: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [os.path.relpath(base, folder.resolve())],
         "images": [
-            {"name": image.name, "newName": image.address}
+            {"name": image.container["image"].partition(":")[0], "newName": image.address}
             | ({"digest": image.digest} if image.digest else {"newTag": image.tag})
             for image in images
         ],
     }
+    patches: list[tuple[str, str, list[Any]]] = [
+        ("Deployment", image.container["name"], rename_probes(image)) for image in images
+    ]
     if allowed:
         change = {"op": "replace", "path": "/spec/loadBalancerSourceRanges", "value": allowed}
-        target = {"kind": "Service", "name": SERVICE}
-        overlay["patches"] = [{"target": target, "patch": json.dumps([change])}]
+        patches.append(("Service", SERVICE, [change]))
+    overlay["patches"] = [
+        {"target": {"kind": kind, "name": name}, "patch": json.dumps(changes)}
+        for kind, name, changes in patches
+        if changes
+    ]
     draft = folder / "kustomization.draft"
     draft.write_text(yaml.safe_dump(overlay, sort_keys=False))
     draft.replace(folder / "kustomization.yaml")
@@ -161,7 +221,7 @@ def main() -> int:
     """Create repositories, push images, write the overlay."""
     parser = argparse.ArgumentParser(prog="python -m eks.publish", description=__doc__)
     add = parser.add_argument
-    add("images", nargs="*", metavar="IMAGE:TAG", help=f"default: {' '.join(IMAGES)}")
+    add("images", nargs="*", metavar="IMAGE:TAG", help="default: those that the manifests name")
     add(
         "--allow",
         action="append",
@@ -181,8 +241,11 @@ def main() -> int:
     if args.registry and not args.registry.startswith(("127.0.0.1:", "localhost:")):
         raise Problem("--registry is for rehearsals on this machine: 127.0.0.1:PORT.")
     cluster = Cluster.read()
-    references = args.images or (GPU_IMAGES if args.gpu else IMAGES)
+    base = ROOT / "eks/gpu" if args.gpu else ROOT / "eks"
+    named = containers(base)
+    references = args.images or [own_image(reference) for reference in named]
     images = [Image(reference, cluster) for reference in references]
+    place(images, named)
     if not args.no_push:
         for image in images:
             image.id = inspect(image.reference, cluster)
@@ -206,7 +269,7 @@ def main() -> int:
                 image.digest = push(image.reference, f"{image.address}:{image.tag}", env)
     for image in images:
         print(f"{image.reference} {image.digest or 'is not in the registry yet'}")
-    write_overlay(args.overlay, images, [str(network) for network in args.allow], args.gpu)
+    write_overlay(args.overlay, base, images, [str(network) for network in args.allow])
     return 0
 
 

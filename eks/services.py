@@ -42,10 +42,15 @@ def delete_services(cluster: dict[str, Any], region: str) -> None:
                 print(f"service {about['namespace']}/{about['name']} deleted")
 
 
-def kubectl(*arguments: str) -> str:
-    """Run kubectl, preferably from this Python's environment, and return its output."""
+def find_kubectl() -> str | None:
+    """Return the path of kubectl, preferably of the one in this Python's environment."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    found = shutil.which("kubectl", path=path)
+    return shutil.which("kubectl", path=path)
+
+
+def kubectl(*arguments: str) -> str:
+    """Run kubectl and return its output."""
+    found = find_kubectl()
     if not found or not shutil.which("aws"):
         raise Problem("Deleting the cluster's Services takes kubectl and aws: install them.")
     command = [found, *arguments, "--request-timeout=30s"]

@@ -229,13 +229,16 @@ def test_no_gateway_starts_without_the_key_and_no_file_has_it(
     assert not named(objects, "Secret")
 
 
-@pytest.mark.parametrize(
-    ("folder", "expected"), [("eks", publish.IMAGES), ("eks/gpu", publish.GPU_IMAGES)]
-)
-def test_what_is_published_is_what_runs(folder: str, expected: list[str]) -> None:
-    deployments = named(kustomize(ROOT / folder), "Deployment").values()
-    pods = [each["spec"]["template"]["spec"]["containers"] for each in deployments]
-    assert sorted(container["image"] for (container,) in pods) == sorted(expected)
+@pytest.mark.parametrize(("folder", "tag"), [("eks", "001"), ("eks/gpu", "001-gpu")])
+def test_what_is_published_is_what_the_manifests_name(
+    folder: str, tag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = [*publish.containers(ROOT / folder)]
+    assert named == ["clothing-gateway:001", f"clothing-model:{tag}"]
+    monkeypatch.delenv("APP", raising=False)
+    assert [*map(publish.own_image, named)] == named
+    monkeypatch.setenv("APP", "leaf")
+    assert [*map(publish.own_image, named)] == ["leaf-gateway:001", f"leaf-model:{tag}"]
 
 
 def test_project_and_region_stand_in_one_place() -> None:

@@ -30,10 +30,10 @@ from moto.server import ThreadedMotoServer
 from test_eks import kustomize, named
 
 from eks.account import Cluster
-from eks.publish import IMAGES
 
 CLUSTER = Cluster.read()
 ACCOUNT = "123456789012"  # moto's
+IMAGES = ["clothing-gateway:001", "clothing-model:001"]
 REPOSITORIES = [f"{CLUSTER.project}/{image.partition(':')[0]}" for image in IMAGES]
 OURS = [{"Key": "project", "Value": CLUSTER.project}]
 OF_CLUSTER = {"Key": f"kubernetes.io/cluster/{CLUSTER.name}", "Value": "owned"}
@@ -191,6 +191,38 @@ def test_publish_makes_repositories_and_an_overlay_that_renders(aws: Aws) -> Non
     pods = [each["spec"]["template"]["spec"] for each in named(objects, "Deployment").values()]
     images = {pod["containers"][0]["image"] for pod in pods}
     assert images == {f"{found[name]['repositoryUri']}:001" for name in REPOSITORIES}
+
+
+@pytest.mark.parametrize("options", [[], ["--gpu"]])
+def test_images_of_ones_own_take_the_places_of_those_in_the_manifests(
+    aws: Aws, options: list[str]
+) -> None:
+    aws.run("publish", "--no-push", "--allow", "203.0.113.7/32", *options, APP="leaf")
+    objects = kustomize(aws.folder / "overlay")
+    pods = [each["spec"]["template"]["spec"] for each in named(objects, "Deployment").values()]
+    gateway, model = (pod["containers"][0] for pod in pods)
+    assert gateway["image"].endswith(f"/{CLUSTER.project}/leaf-gateway:001")
+    assert f"/{CLUSTER.project}/leaf-model:001" in model["image"]
+    assert model["readinessProbe"]["httpGet"]["path"] == "/v1/models/leaf-model/metadata"
+    assert model["livenessProbe"]["httpGet"]["path"] == "/v1/models/leaf-model"
+    overlay = (aws.folder / "overlay/kustomization.yaml").read_text()
+    tag = "001-gpu" if options else "001"
+    aws.run("publish", "--no-push", "leaf-gateway:001", f"leaf-model:{tag}", *options)
+    again = (aws.folder / "overlay/kustomization.yaml").read_text()
+    assert yaml.safe_load(again)["images"] == yaml.safe_load(overlay)["images"]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [["flower:001"], ["leaf-model:001"], [*IMAGES, "leaf-model:001"], ["a-model:1", "b-model:1"]],
+)
+def test_images_that_fit_nothing_in_the_manifests_are_refused(aws: Aws, images: list[str]) -> None:
+    error = aws.run("publish", "--no-push", *images, status=1)
+    assert error == (
+        "The manifests name clothing-gateway:001 and clothing-model:001: give one image for each,"
+        " whose name ends in -gateway and -model, or none.\n"
+    )
+    assert not aws.asked and not (aws.folder / "overlay").exists()
 
 
 def test_publish_twice_changes_nothing_more(aws: Aws) -> None:
@@ -550,7 +582,7 @@ def test_a_tag_is_never_given_to_another_image(
     docker("tag", small_images[0], other)
     try:
         put(f"sha256:{'0' * 64}", f"{tag}-other")
-        error = aws.run("publish", other, "--registry", registry, status=1)
+        error = aws.run("publish", other, small_images[1], "--registry", registry, status=1)
         assert f"has another image under the tag {tag}-other already" in error
     finally:
         docker("image", "rm", other)

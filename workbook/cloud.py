@@ -12,10 +12,10 @@ import yaml
 from workbook import cluster
 from workbook.engine import settle_for_embedded, wanted_engine
 from workbook.kubectl import Kubectl
+from workbook.manifests import Manifest
 from workbook.servers import wait_until
 
 PROGRAMS = ("docker", "aws", "eksctl")
-NAMESPACE = Path("kube-config/base/clothes-namespace.yaml")
 EXAMPLE = "203.0.113.7/32"  # nobody's address, for examples
 
 
@@ -49,12 +49,21 @@ def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Clus
     return cluster.Cluster("docker", why)
 
 
-def connect_kubectl(chosen: cluster.Cluster, kubeconfig: Path) -> Kubectl:
-    """Return kubectl for the cluster that eksctl has made, or for a rehearsal."""
+def read_namespace(overlay: Path) -> Manifest:
+    """Return the Namespace that is among the objects of an overlay."""
+    objects = yaml.safe_load_all(subprocess.check_output(["kubectl", "kustomize", overlay]))
+    return next(each for each in objects if each["kind"] == "Namespace")
+
+
+def connect_kubectl(chosen: cluster.Cluster, folder: Path) -> Kubectl:
+    """Return kubectl for the cluster that eksctl has made, or for a rehearsal.
+
+    The folder has the overlay, whose namespace it is for, and the cluster's kubeconfig.
+    """
     if chosen.engine == "aws":
-        command = f"kubectl --kubeconfig {kubeconfig}"
+        command = f"kubectl --kubeconfig {folder / 'kubeconfig'}"
         chosen = cluster.Cluster("kubernetes", chosen.why, command)
-    return Kubectl(chosen, namespace="clothes")
+    return Kubectl(chosen, read_namespace(folder)["metadata"]["name"])
 
 
 def own_network(engine: str) -> str:
@@ -65,16 +74,18 @@ def own_network(engine: str) -> str:
         return str(IPv4Network(answer.read().decode().strip()))
 
 
-def put_secret(kubectl: Kubectl, name: str, data: dict[str, str]) -> None:
-    """Make the namespace and a Secret in it, which is in no file and in no command's arguments."""
-    about = {"name": name, "namespace": "clothes"}
+def put_secret(kubectl: Kubectl, overlay: Path, name: str, data: dict[str, str]) -> None:
+    """Make an overlay's namespace and a Secret in it, in no file and in no command's arguments."""
+    namespace = read_namespace(overlay)
+    about = {"name": name, "namespace": namespace["metadata"]["name"]}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "stringData": data}
     if kubectl.rehearsal is not None:
-        kubectl.rehearsal.apply(f"{NAMESPACE.read_text()}---\n{yaml.safe_dump(secret)}")
+        kubectl.rehearsal.apply(yaml.safe_dump_all([namespace, secret]))
         return
-    kubectl(f"apply --filename {NAMESPACE}")
-    command = [*kubectl.command.split(), "apply", "--server-side", "--filename=-"]
-    subprocess.run(command, input=yaml.safe_dump(secret), text=True, check=True)
+    # The client's way would leave the Secret's text in an annotation, too.
+    for manifest, how in ((namespace, "apply"), (secret, "apply --server-side")):
+        command = [*kubectl.command.split(), *how.split(), "--filename=-"]
+        subprocess.run(command, input=yaml.safe_dump(manifest), text=True, check=True)
 
 
 def load_balancer(kubectl: Kubectl, service: str) -> str:
