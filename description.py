@@ -1,7 +1,9 @@
 """What a model is: its name, its classes, how pictures become its input, and what it says to some.
 
 Lesson 01's export writes this as `model.json` into the model's folder, and everybody else reads it
-from there. TensorFlow Serving itself ignores the file.
+from there. TensorFlow Serving itself ignores the file, and its API tells names, types and shapes of
+tensors, but neither classes nor scaling. So the gateway's image holds a copy, made from the
+same folder as the model's image; and the first sample shows whether the two belong together.
 """
 
 import json
@@ -96,8 +98,9 @@ class Description(NamedTuple):
         """
         name = next((name for name in wanted if name in offered), None)
         if name is None:
+            there = ", ".join(sorted(name for name in offered if not name.startswith("__")))
             raise ValueError(
-                f"The model offers {', '.join(sorted(offered)) or 'no signature'}, and none of"
+                f"The model offers {there or 'no signature'}, and none of"
                 f" SIGNATURE_NAME, which is {','.join(wanted)}."
             )
         tensors = [*offered[name].inputs.items(), *offered[name].outputs.items()]
