@@ -66,9 +66,10 @@ def sigmoid() -> keras.Model:
     return model
 
 
+MEAN = {"depthwise_initializer": keras.initializers.Constant(1 / 9)}
 KINDS = {
     "mobilenet-160": Kind(mobilenet),
-    "logits-64": Kind(partial(by_colour, 64)),
+    "logits-64": Kind(lambda: by_colour(64, layers.DepthwiseConv2D(3, **MEAN), layers.ReLU())),
     "scales-inside": Kind(lambda: by_colour(64, layers.Rescaling(1 / 255)), scaling="0..255"),
     "old-h5": Kind(partial(by_colour, 64), suffix=".h5", scaling="0..1"),
     "two-in-one": Kind(sigmoid, classes=("fire red", "Königsblau")),
