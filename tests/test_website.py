@@ -774,6 +774,8 @@ def test_nothing_on_the_page_is_about_clothes(show: Callable) -> None:
 def expect_chart(page: Page, ranked: list[tuple[str, float]]) -> None:
     """All classes are there, or ten and what is left; rows keep their distance and stay inside."""
     expect(page.locator(".card")).not_to_have_class(re.compile("empty"))
+    # A posted form's answer is text before its style sheet is there.
+    page.wait_for_load_state("load")
     rows = page.locator(".chart li:not(.others)")
     shown = ranked if len(ranked) <= 11 else ranked[:10]
     texts = [f"{name} {100 * value:.1f}\u00a0%" for name, value in shown]
