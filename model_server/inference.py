@@ -7,14 +7,13 @@ from typing import Any
 
 import grpc
 import numpy as np
-import tensorflow as tf
-from tensorflow.core.framework import types_pb2
-from tensorflow_serving.apis import classification_pb2, input_pb2, regression_pb2
+
+from tfserving import messages_pb2, server_messages_pb2
 
 from . import json_tensors
 from .errors import ServingError, invalid_argument
 from .servable import DEFAULT_SIGNATURE, Servable
-from .tensors import shape_name
+from .tensors import data_type, shape_name
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _classification_result(outputs: Mapping[str, np.ndarray], count: int) -> Any
     size = next(iter(outputs.values())).shape[1]
     labels = [[""] * size] * count if classes is None else classes.tolist()
     values = [[0.0] * size] * count if scores is None else scores.tolist()
-    result = classification_pb2.ClassificationResult()
+    result = server_messages_pb2.ClassificationResult()
     for row in range(count):
         added = result.classifications.add().classes
         for label, score in zip(labels[row], values[row], strict=True):
@@ -202,7 +201,7 @@ def _regression_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
             f"Input batch size did not match output batch size: {count} vs. {len(array)}"
         )
     _check_dtype(array, REGRESS.outputs["outputs"], "output Tensor of DT_FLOAT.  ")
-    result = regression_pb2.RegressionResult()
+    result = server_messages_pb2.RegressionResult()
     for value in array.ravel().tolist():
         result.regressions.add(value=value)
     return result
@@ -214,13 +213,13 @@ def _regression_rows(result: Any) -> list:
 
 
 def _check_dtype(array: np.ndarray, dtype: int, expected: str) -> None:
-    got = tf.as_dtype(array.dtype).as_datatype_enum
+    got = data_type(array.dtype)
     if got != dtype:
         raise invalid_argument(f"Expected {expected}Got: {_name(got)}")
 
 
 def _name(dtype: int) -> str:
-    return types_pb2.DataType.Name(dtype)
+    return messages_pb2.DataType.Name(dtype)
 
 
 def _shortest(value: float) -> float:
@@ -232,9 +231,9 @@ CLASSIFY = Method(
     "tensorflow/serving/classify",
     api="Classify",
     kind="classification",
-    request=classification_pb2.ClassificationRequest,
-    response=classification_pb2.ClassificationResponse,
-    outputs={"classes": types_pb2.DT_STRING, "scores": types_pb2.DT_FLOAT},
+    request=server_messages_pb2.ClassificationRequest,
+    response=server_messages_pb2.ClassificationResponse,
+    outputs={"classes": messages_pb2.DT_STRING, "scores": messages_pb2.DT_FLOAT},
     wrong_count="Expected one or two output Tensors, found {count}",
     missing="Expected classification signature outputs to contain at least one of "
     '"classes" or "scores". Signature was: {signature}',
@@ -245,9 +244,9 @@ REGRESS = Method(
     "tensorflow/serving/regress",
     api="Regress",
     kind="regression",
-    request=regression_pb2.RegressionRequest,
-    response=regression_pb2.RegressionResponse,
-    outputs={"outputs": types_pb2.DT_FLOAT},
+    request=server_messages_pb2.RegressionRequest,
+    response=server_messages_pb2.RegressionResponse,
+    outputs={"outputs": messages_pb2.DT_FLOAT},
     wrong_count="Expected one output Tensor.",
     missing="No regression outputs found in SignatureDef: {signature}",
     make_result=_regression_result,
@@ -258,8 +257,8 @@ METHODS = {method.name: method for method in (CLASSIFY, REGRESS)}
 
 def parse_input(document: Mapping[str, Any]) -> Any:
     """Read the ``Input`` of a classify or regress request from its JSON body."""
-    inputs = input_pb2.Input()
-    examples = inputs.example_list
+    inputs = server_messages_pb2.Input()
+    examples: Any = inputs.example_list
     if "context" in document:
         examples = inputs.example_list_with_context
         _fill_example(examples.context, document["context"])
@@ -315,11 +314,15 @@ def _kind(name: str, value: Any) -> str:
 
 
 def _fill_floats(feature: Any, values: list) -> None:
-    feature.float_list.value.extend(json_tensors.parse_tensor(values, types_pb2.DT_FLOAT).tolist())
+    feature.float_list.value.extend(
+        json_tensors.parse_tensor(values, messages_pb2.DT_FLOAT).tolist()
+    )
 
 
 def _fill_bytes(feature: Any, values: list) -> None:
-    feature.bytes_list.value.extend(json_tensors.parse_tensor(values, types_pb2.DT_STRING).tolist())
+    feature.bytes_list.value.extend(
+        json_tensors.parse_tensor(values, messages_pb2.DT_STRING).tolist()
+    )
 
 
 def _fill_integers(feature: Any, values: list) -> None:

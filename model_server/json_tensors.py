@@ -14,10 +14,11 @@ from typing import Any
 
 import grpc
 import numpy as np
-import tensorflow as tf
+
+from tfserving import messages_pb2 as pb
 
 from .errors import ServingError, invalid_argument
-from .tensors import dtype_name, shape_name
+from .tensors import TYPES, data_type, dtype_name, shape_name
 
 MAX_SHOWN_CHARACTERS = 500
 # A string, or the short form of Infinity, which TensorFlow Serving reads and Python does not.
@@ -263,7 +264,7 @@ def parse_tensor(value: Any, dtype: int) -> np.ndarray:
         shape.append(size)
         level = list(chain.from_iterable(level))
     try:
-        return _values(level, tf.as_dtype(dtype)).reshape(shape)
+        return _values(level, dtype).reshape(shape)
     except ServingError as error:
         if any(isinstance(item, list) for item in level):
             rank = len(shape)
@@ -281,57 +282,61 @@ def _rank(value: Any) -> int:
     return rank
 
 
-def _values(values: list, dtype: Any) -> np.ndarray:
+def _values(values: list, data_type: int) -> np.ndarray:
     """Convert values that are all on the innermost level."""
-    if dtype == tf.string:
-        _require(values, dtype, str, dict)
+    dtype = TYPES[data_type][0] if data_type in TYPES else None
+    if data_type == pb.DT_STRING:
+        _require(values, data_type, str, dict)
         return _objects([_string(value) for value in values])
-    if dtype == tf.bool:
-        _require(values, dtype, bool)
+    if data_type == pb.DT_BOOL:
+        _require(values, data_type, bool)
         return np.array(values, bool)
-    if dtype.is_integer and not dtype.is_quantized:
-        _require(values, dtype, int)
-        if values and not dtype.min <= min(values) <= max(values) <= dtype.max:
-            raise _type_error(next(v for v in values if not dtype.min <= v <= dtype.max), dtype)
-        return np.array(values, dtype.as_numpy_dtype)
-    if dtype in (tf.float16, tf.float32, tf.float64):
-        _require(values, dtype, int, float)
-        return _decimals(values, dtype)
+    if dtype is not None and dtype.kind in "iu":
+        _require(values, data_type, int)
+        limits = np.iinfo(dtype)
+        if values and not limits.min <= min(values) <= max(values) <= limits.max:
+            wrong = next(value for value in values if not limits.min <= value <= limits.max)
+            raise _type_error(wrong, data_type)
+        return np.array(values, dtype)
+    if dtype is not None and dtype.kind == "f":
+        _require(values, data_type, int, float)
+        return _decimals(values, data_type)
     raise ServingError(
         grpc.StatusCode.UNIMPLEMENTED,
-        f"Conversion of JSON Value: {show(values[:1])} to type: {_name(dtype)}",
+        f"Conversion of JSON Value: {show(values[:1])} to type: {dtype_name(data_type)}",
     )
 
 
-def _decimals(values: list, dtype: Any) -> np.ndarray:
+def _decimals(values: list, data_type: int) -> np.ndarray:
     """Convert numbers to the nearest values of a floating-point dtype, which must not overflow."""
     try:
         doubles = np.array(values, np.float64)
     except OverflowError:
-        raise _lossy_error(max(values, key=abs), dtype) from None
+        raise _lossy_error(max(values, key=abs), data_type) from None
     with np.errstate(over="ignore"):
-        array = doubles.astype(dtype.as_numpy_dtype)
+        array = doubles.astype(TYPES[data_type][0])
     if (too_large := np.isinf(array) & ~np.isinf(doubles)).any():
-        raise _lossy_error(values[int(too_large.argmax())], dtype)
+        raise _lossy_error(values[int(too_large.argmax())], data_type)
     return array
 
 
-def _require(values: list, dtype: Any, *types: type) -> None:
+def _require(values: list, data_type: int, *types: type) -> None:
     """Raise unless every value is of one of the types; bool does not count as int."""
     if not set(map(type, values)) <= set(types):
-        raise _type_error(next(value for value in values if type(value) not in types), dtype)
+        raise _type_error(next(value for value in values if type(value) not in types), data_type)
 
 
-def _type_error(value: Any, dtype: Any) -> ServingError:
+def _type_error(value: Any, data_type: int) -> ServingError:
     kind = str(value) if isinstance(value, bool) else JSON_TYPES[type(value)]
     return invalid_argument(
-        f"JSON Value: {show(value)} Type: {kind} is not of expected type: {_name(dtype)}"
+        f"JSON Value: {show(value)} Type: {kind} is not of expected type: {dtype_name(data_type)}"
     )
 
 
-def _lossy_error(value: float, dtype: Any) -> ServingError:
+def _lossy_error(value: float, data_type: int) -> ServingError:
     return invalid_argument(
-        f"Cannot convert JSON value: {show(value)} to {_name(dtype)} without loss of precision."
+        f"Cannot convert JSON value: {show(value)} to {dtype_name(data_type)} without loss of "
+        "precision."
     )
 
 
@@ -361,17 +366,17 @@ def _is_named(value: Any) -> bool:
 
 def _to_json(name: str, array: np.ndarray) -> Any:
     """Make nested lists of an array; strings are base64 when the name ends in ``_bytes``."""
-    dtype = tf.as_dtype(array.dtype)
-    if dtype.is_complex:
-        raise invalid_argument(f"Failed to write JSON value for tensor type: {_name(dtype)}")
-    if dtype == tf.string and name.endswith("_bytes"):
+    kind = data_type(array.dtype)
+    if array.dtype.kind == "c":
+        raise invalid_argument(f"Failed to write JSON value for tensor type: {dtype_name(kind)}")
+    if kind == pb.DT_STRING and name.endswith("_bytes"):
         encoded = [{"b64": base64.b64encode(value).decode()} for value in array.flat]
         return _objects(encoded).reshape(array.shape).tolist()
-    if dtype == tf.string:
+    if kind == pb.DT_STRING:
         # Bytes that are not UTF-8 travel through Python's strings and come out as they were.
         decoded = [value.decode("utf-8", "surrogateescape") for value in array.flat]
         return _objects(decoded).reshape(array.shape).tolist()
-    if dtype.is_floating and dtype != tf.float64:
+    if kind in (pb.DT_HALF, pb.DT_BFLOAT16, pb.DT_FLOAT):
         # By way of the shortest text that stands for the float, which is 0.1. The double nearest to
         # that float would be written 0.10000000149011612.
         return array.astype(np.float32).astype(str).astype(np.float64).tolist()
@@ -392,7 +397,3 @@ def show(value: Any) -> str:
     """Write a JSON value for a message, cut off after ``MAX_SHOWN_CHARACTERS``."""
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
-
-
-def _name(dtype: Any) -> str:
-    return dtype_name(dtype.as_datatype_enum)
