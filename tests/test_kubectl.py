@@ -116,7 +116,7 @@ def test_rollouts_are_told_as_kubectl_tells_them(say: Say, kubectl: Kubectl) -> 
     scale = "scale deployment/ping --replicas 3"
     assert [say(scale)] == recorded(scale)
     lines = {*recorded("rollout status deployment/ping")[0].splitlines()}
-    told = say("rollout status deploy/ping").splitlines()
+    told = say("rollout status deployment/ping").splitlines()
     assert told[-1] in lines
     assert {re.sub(r"\d", "N", line) for line in told} <= {
         re.sub(r"\d", "N", line) for line in lines
@@ -127,7 +127,6 @@ def test_rollouts_are_told_as_kubectl_tells_them(say: Say, kubectl: Kubectl) -> 
     assert say(status, check=False).splitlines()[-1] == recorded(status)[0].splitlines()[-1]
     assert say("rollout undo deployment/ping") == undo
     say("rollout status deployment ping")
-    assert [say("rollout restart deployment/ping")] == recorded("rollout restart deployment/ping")
 
 
 def test_pods_are_listed_described_and_deleted_as_kubectl_does(say: Say, kubectl: Kubectl) -> None:
@@ -138,12 +137,11 @@ def test_pods_are_listed_described_and_deleted_as_kubectl_does(say: Say, kubectl
     (table,), (both,) = recorded("get pods"), recorded("get deployments,pods")
     header, running, restarted, _ = cells(table)
     assert cells(say("get pods")) == [header, running]
-    assert cells(say(f"get pod {pod.name}")) == cells(say("get po")) == [header, running]
     kubectl.kill(pod.name)
     eventually(lambda: kubectl.pods("ping") == [(pod.name, True, 1)], "it is started again")
     assert cells(say("get pods")) == [header, restarted]
     expected = cells(both.replace("3/3     3            3", "1/1     1            1"))
-    shown = cells(say("get deploy,po"))
+    shown = cells(say("get deployments,pods"))
     assert shown == [*expected[:4], expected[5]]
 
     assert_describes(say(f"describe pod {pod.name}"), "ping-6d8f9c7b54-7qk9w")
@@ -175,10 +173,9 @@ def test_services_and_their_endpoints_are_listed_as_kubectl_does(
     assert kubectl.rehearsal
     services = [each for each in run_kustomize(KUBE / "base") if each["kind"] == "Service"]
     services[0]["spec"]["type"] = "LoadBalancer"
-    kubectl.rehearsal.apply(yaml.safe_dump_all(services))
+    kubectl.rehearsal.apply(services)
     say("apply --kustomize kube-config/ping")
-    assert cells(say("get svc")) == cells(recorded("get services")[0])
-    assert cells(say("get service ping"))[1:] == cells(recorded("get services")[0])[3:]
+    assert cells(say("get services")) == cells(recorded("get services")[0])
     say("scale deployment ping --replicas=3")
     say("rollout status deployment/ping")
     header, row = cells(recorded("get endpointslices")[0])
@@ -202,7 +199,7 @@ def test_events_are_laid_out_as_kubectl_lays_them_out() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("get pods nobody", "get services nobody", "describe pod nobody", "delete pod nobody"),
+        *("describe pod nobody", "delete pod nobody"),
         *("exec nobody -- id", "rollout status deployment/nobody"),
         "scale deployment/nobody --replicas 2",
     ],
@@ -216,22 +213,18 @@ def test_what_is_not_there_is_not_found(command: str, say: Say, kubectl: Kubectl
 @pytest.mark.parametrize(
     "command",
     [
-        *(
-            "get all",
-            "get hpa",
-            "get pods --watch",
-            "get nodes",
-            "describe service ping",
-            "top pods",
-        ),
-        *("apply --filename x.yaml", "logs ping --follow", "delete deployment ping", "get"),
+        *("get", "get all", "get hpa", "get nodes", "get svc", "get pods --watch", "get pods ping"),
+        *("describe service ping", "top pods", "logs ping --follow", "logs deployment/ping"),
+        *("apply --filename x.yaml", "delete deployment ping", "rollout restart deployment/ping"),
     ],
 )
 def test_what_a_rehearsal_does_not_know_is_refused_in_a_sentence(
     command: str, kubectl: Kubectl
 ) -> None:
     """Also where a command may fail."""
-    with pytest.raises(NotImplementedError, match=r"^A rehearsal (does not know: kubectl|has no)"):
+    with pytest.raises(
+        NotImplementedError, match=rf"^A rehearsal does not know: kubectl {command}$"
+    ):
         kubectl(command, check=False)
 
 
@@ -241,20 +234,16 @@ def test_a_command_runs_inside_and_its_failure_is_told(say: Say, kubectl: Kubect
     assert say("exec deployment/ping -- sh -c 'echo in $REHEARSAL'").startswith("in ")
     told = say("exec deployment/ping -- sh -c 'echo so; exit 3'", check=False)
     assert told == "so\nerror: command terminated with exit code 3"
-    for target in ("deployment/ping", "deploy/ping", kubectl.pods("ping")[0].name):
-        assert "Starting gunicorn" in say(f"logs {target}")
+    assert "Starting gunicorn" in say(f"logs {kubectl.pods('ping')[0].name}")
 
 
 def test_words_are_read_as_kubectl_reads_them() -> None:
-    assert words_of("scale deploy/ping --replicas=3 --") == (
-        ["scale", "deployments", "ping", "--replicas", "3"],
+    assert words_of("scale deployment/ping --replicas=3") == (
+        ["scale", "deployment", "ping", "--replicas", "3"],
         [],
     )
-    assert words_of("exec po/a -- sh -c 'b --c=d'") == (
-        ["exec", "pods", "a"],
-        ["sh", "-c", "b --c=d"],
-    )
-    assert words_of("get svc,deployment.apps a/b")[0] == ["get", "services,deployment.apps", "a/b"]
+    assert words_of("exec a -- sh -c 'b --c=d'") == (["exec", "a"], ["sh", "-c", "b --c=d"])
+    assert words_of("get a,b c/d --e f/g=h")[0] == ["get", "a,b", "c/d", "--e", "f/g=h"]
 
 
 # --- Cells that are run again ---------------------------------------------------------------------
@@ -283,7 +272,7 @@ def test_a_client_that_starts_again_replaces_the_one_before(
     assert kubectl.rehearsal
     service = yaml.safe_load((KUBE / "ping/ping-service.yaml").read_text())
     service["metadata"]["name"] = "gateway"
-    kubectl.rehearsal.apply(yaml.safe_dump(service))
+    kubectl.rehearsal.apply([service])
     (tmp_path / "client.py").write_text(
         "import sys, time\n"
         "while True:\n"

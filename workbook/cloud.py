@@ -26,27 +26,24 @@ def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Clus
 
     Args:
         agreed: nothing but True is an agreement to costs.
-        wanted: for a rehearsal, `auto`, `docker` or `embedded`, as in `choose_cluster`.
+        wanted: for a rehearsal, `auto`, `docker` or `embedded`, as in `wanted_engine`.
         images: what must be on this machine's Docker.
 
-    Raises:
-        RuntimeError: the costs are agreed to, and something is missing; or Docker was asked for.
+    RuntimeError says what is missing, where the costs are agreed to or Docker was asked for.
     """
     embedded = wanted_engine(wanted) == "embedded"
     obstacle = "no Docker engine is used" if embedded else cluster.images_obstacle(images)
-    if agreed is True:
-        if missing := [name for name in PROGRAMS if not shutil.which(name)]:
-            obstacle = f"{' and '.join(missing)} must be installed"
-        if obstacle:
-            raise RuntimeError(
-                f"AGREE_TO_COST is True, but {obstacle}. Mend that, or rehearse: set it to False."
-            )
-        return cluster.Cluster("aws", "AGREE_TO_COST is True: from here on it costs money")
-    why = "AGREE_TO_COST is not True, so AWS is simulated"
+    if agreed is not True:
+        why = "AGREE_TO_COST is not True, so AWS is simulated"
+        engine, obstacle = settle_for_embedded(wanted, obstacle) if obstacle else ("docker", "")
+        return cluster.Cluster(engine, f"{why}; {obstacle}" if obstacle else why)
+    if missing := [name for name in PROGRAMS if not shutil.which(name)]:
+        obstacle = f"{' and '.join(missing)} must be installed"
     if obstacle:
-        engine, obstacle = settle_for_embedded(wanted, obstacle)
-        return cluster.Cluster(engine, f"{why}; {obstacle}")
-    return cluster.Cluster("docker", why)
+        raise RuntimeError(
+            f"AGREE_TO_COST is True, but {obstacle}. Mend that, or rehearse: set it to False."
+        )
+    return cluster.Cluster("aws", "AGREE_TO_COST is True: from here on it costs money")
 
 
 def read_namespace(overlay: Path) -> Manifest:
@@ -80,8 +77,7 @@ def put_secret(kubectl: Kubectl, overlay: Path, name: str, data: dict[str, str])
     about = {"name": name, "namespace": namespace["metadata"]["name"]}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "stringData": data}
     if kubectl.rehearsal is not None:
-        kubectl.rehearsal.apply(yaml.safe_dump_all([namespace, secret]))
-        return
+        return kubectl.rehearsal.apply([namespace, secret])
     # The client's way would leave the Secret's text in an annotation, too.
     for manifest, how in ((namespace, "apply"), (secret, "apply --server-side")):
         command = [*kubectl.command.split(), *how.split(), "--filename=-"]

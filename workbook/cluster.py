@@ -13,8 +13,11 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 from workbook.engine import (
     MACHINES,
@@ -27,6 +30,7 @@ from workbook.engine import (
 
 NAME = "clothes"
 KUBECONFIG = Path("build/kubeconfig")
+OWN = (f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
 KIND_CONFIG = Path("kube-config/kind/cluster.yaml")
 KIND_VERSION = "v0.33.0"
 KIND_SHA256 = {
@@ -57,15 +61,13 @@ def choose_cluster(
     """Choose what runs the pods, and create the lessons' own cluster where that is possible.
 
     Args:
-        wanted: `auto`, `docker` (a cluster, here Kind's) or `embedded` (a rehearsal); for `auto`
-            the environment variable `WORKBOOK_ENGINE` decides, if it is set.
+        wanted: `auto`, `docker` (a cluster, here Kind's) or `embedded` (a rehearsal), as in
+            `wanted_engine`.
         images: the pods' images, which Docker must have for a cluster.
         namespace: where the pods shall be; nobody else's, for it is deleted in the end.
 
-    Raises:
-        ValueError: `wanted` is none of the three.
-        RuntimeError: Docker, or the cluster of WORKBOOK_CONTEXT, was asked for and cannot be used;
-            or the namespace is not this workbook's.
+    RuntimeError says in a sentence why Docker, or the cluster of WORKBOOK_CONTEXT, cannot be used
+    where it was asked for, or that the namespace is not this workbook's.
     """
     context = os.environ.get("WORKBOOK_CONTEXT", "")
     if wanted_engine(wanted) == "embedded":
@@ -108,9 +110,7 @@ def images_obstacle(images: tuple[str, ...]) -> str | None:
 
 def docker_answers(wanted: str = "auto") -> bool:
     """Say whether there is a Docker engine, and its use has not been forbidden."""
-    if wanted_engine(wanted) == "embedded" or not shutil.which("docker"):
-        return False
-    return bool(docker("info", "--format", "{{.ServerVersion}}"))
+    return wanted_engine(wanted) != "embedded" and docker("info", "--format", "{{.ID}}") != ""
 
 
 def answers(kubectl: str) -> bool:
@@ -123,12 +123,11 @@ def answers(kubectl: str) -> bool:
 def own_cluster() -> Cluster | str:
     """Return the lessons' cluster, which is created if need be, or say why there is none."""
     kubectl = f"kubectl --kubeconfig {KUBECONFIG} --context kind-{NAME}"
-    obstacle = kind_obstacle()
-    if obstacle:
+    if obstacle := kind_obstacle():
         return obstacle
     KUBECONFIG.parent.mkdir(exist_ok=True)
     if NAME in kind("get", "clusters").stdout.split():
-        kind("export", "kubeconfig", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
+        kind("export", "kubeconfig", *OWN)
         if answers(kubectl):
             return Cluster("kubernetes", f"the Kind cluster {NAME} was there", kubectl)
         return f"that of Kind does not answer: kind delete cluster --name {NAME}"
@@ -136,23 +135,19 @@ def own_cluster() -> Cluster | str:
     if not docker("image", "inspect", image) and (obstacle := pull_obstacle(image)):
         return obstacle
     print(f"creating the Kind cluster {NAME}, a minute or two", flush=True)
-    options = [f"--name={NAME}", f"--config={KIND_CONFIG}", f"--kubeconfig={KUBECONFIG}"]
-    try:
-        done = kind("create", "cluster", *options, "--wait=5m")
-    except KeyboardInterrupt:  # half a cluster would be in the way of the next attempt
-        kind("delete", "cluster", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
-        raise
-    if done.returncode or not answers(kubectl):
-        kind("delete", "cluster", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
-        said = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no answer")
-        return f"Kind could not create one ({said.removeprefix('ERROR: ')})"
-    return Cluster("kubernetes", f"Kind has created {NAME}", kubectl, created=True)
+    with ExitStack() as half:  # half a cluster would be in the way of the next attempt
+        half.callback(kind, "delete", "cluster", *OWN)
+        done = kind("create", "cluster", *OWN, f"--config={KIND_CONFIG}", "--wait=5m")
+        if done.returncode == 0 and answers(kubectl):
+            half.pop_all()
+            return Cluster("kubernetes", f"Kind has created {NAME}", kubectl, created=True)
+    said = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no answer")
+    return f"Kind could not create one ({said.removeprefix('ERROR: ')})"
 
 
 def node_image() -> str:
     """Return the image of the cluster's node, as Kind's configuration names it."""
-    lines = (line.split() for line in KIND_CONFIG.read_text().splitlines())
-    return next(words[1] for words in lines if words[:1] == ["image:"])
+    return yaml.safe_load(KIND_CONFIG.read_text())["nodes"][0]["image"]
 
 
 def kind(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -193,11 +188,9 @@ def kind_obstacle() -> str | None:
 def load_command(image: str) -> str:
     """Return the shell command that brings an image of this Docker into the cluster.
 
-    IMAGE_LOADER is such a command without the image, for example `minikube image load`. By default
-    it is Kind's; where Docker keeps images as containerd does, Kind takes them from a file only.
-
-    Raises:
-        RuntimeError: WORKBOOK_CONTEXT names a cluster, and IMAGE_LOADER does not say how.
+    IMAGE_LOADER is such a command without the image, for example `minikube image load`; where
+    WORKBOOK_CONTEXT names a cluster, it is a RuntimeError not to say it. By default it is Kind's;
+    where Docker keeps images as containerd does, Kind takes them from a file only.
     """
     if loader := os.environ.get("IMAGE_LOADER"):
         return f"{loader} {image}"

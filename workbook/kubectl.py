@@ -1,14 +1,14 @@
 """kubectl's commands, for a cluster or for a rehearsal of one; and a client that asks steadily."""
 
-import itertools
 import json
+import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -28,8 +28,6 @@ KINDS = {
     "deployments": ("deployment.apps", "NAME READY UP-TO-DATE AVAILABLE AGE"),
     "endpointslices": ("endpointslice.discovery.k8s.io", "NAME ADDRESSTYPE PORTS ENDPOINTS AGE"),
 }
-NAMES = {"po": "pods", "svc": "services", "deploy": "deployments"}
-NAMES |= {name: kind for kind, (long, _) in KINDS.items() for name in (kind, long.split(".")[0])}
 
 
 class PodState(NamedTuple):
@@ -41,14 +39,10 @@ class PodState(NamedTuple):
 
 
 class Kubectl:
-    """`kubectl("get pods")` prints the command, does it, and prints what it says.
+    """`kubectl("get pods")` prints the command, does it in a namespace, and prints what it says.
 
-    Another one for the same namespace takes the place of this one, which is closed; `again` says
-    whether this one did.
-
-    Args:
-        cluster: what runs the pods, as `choose_cluster` says it.
-        namespace: the pods' namespace.
+    `cluster` is what runs the pods, as `choose_cluster` says it. Another one for the same namespace
+    takes the place of this one, which is closed; `again` says whether this one did.
     """
 
     opened: dict[str, "Kubectl"] = {}  # noqa: RUF012
@@ -63,27 +57,15 @@ class Kubectl:
         self.rehearsal = None if cluster.engine == "kubernetes" else Rehearsal(namespace)
         self.tunnels: set[str] = set()
 
-    def load(
-        self,
-        image: str,
-        dockerfile: str,
-        paths: dict[str, str] | None = None,
-        context: str = ".",
-        arguments: dict[str, str] | None = None,
-    ) -> None:
-        """Bring an image to where the pods run.
+    def load(self, image: str, dockerfile: str, paths: Any = None, **build: Any) -> None:
+        """Bring an image of this machine's Docker to where the pods run.
 
-        Args:
-            image: its name and tag, on this machine's Docker.
-            dockerfile: where a rehearsal reads its command.
-            paths: paths of the image, and what they are on this machine.
-            context: the folder that the image is built from.
-            arguments: what the build got as `--build-arg`.
+        A rehearsal reads its command from the Dockerfile instead; the arguments are `read_image`'s.
         """
         if self.rehearsal is None:
             run(load_command(image))
         else:
-            self.rehearsal.images[image] = read_image(dockerfile, context, paths, arguments)
+            self.rehearsal.images[image] = read_image(dockerfile, paths=paths, **build)
 
     def __call__(self, command: str, check: bool = True) -> None:
         """Do one command; raise RuntimeError when it fails, unless it may."""
@@ -103,7 +85,7 @@ class Kubectl:
         command = f"port-forward {target} {local_port}:{port}"
         if self.rehearsal is not None:
             print(f"rehearsal: {command} &")
-            self.rehearsal.forward(target, port, local_port)
+            self.rehearsal.forward(target.removeprefix("service/"), port, local_port)
             return
         print(f"$ {self.command} {command} &")
         words, pipe = shlex.split(f"{self.command} {command}"), subprocess.PIPE
@@ -154,21 +136,20 @@ class Kubectl:
 def rehearse(rehearsal: Rehearsal, command: str) -> None:
     """Do a command and print what kubectl would print.
 
-    Raises:
-        ValueError: It cannot be done; the sentence is kubectl's.
-        TimeoutError: It was not done in time.
-        NotImplementedError: A rehearsal does not know it.
+    Raises ValueError with kubectl's sentence if it cannot be done, TimeoutError if it was not done
+    in time, and NotImplementedError if a rehearsal does not know it.
     """
-    words, arguments = words_of(command)
+    words, inside = words_of(command)
     match words:
-        case ["get", kinds, *names] if not any(name.startswith("-") for name in names):
-            print_tables(rehearsal, kinds.split(","), names)
-        case ["describe", "pods", name]:
+        case ["get", kinds] if {*kinds.split(",")} <= {*KINDS}:
+            print_tables(rehearsal, kinds.split(","))
+        case ["describe", "pod", name]:
             describe(rehearsal.pod(name), rehearsal.namespace)
-        case ["logs", *target, name] if target in ([], ["pods"], ["deployments"]):
-            print(pod_of(rehearsal, target, name).log.read_text(errors="replace"), end="")
-        case ["exec", *target, name] if target in ([], ["pods"], ["deployments"]):
-            done = rehearsal.exec(pod_of(rehearsal, target, name).name, *arguments)
+        case ["logs", name]:
+            print(rehearsal.pod(name).log.read_text(errors="replace"), end="")
+        case ["exec", *kind, name] if kind in ([], ["deployment"]):
+            pod = rehearsal.pods(name)[0].name if kind else name
+            done = rehearsal.exec(pod, *inside)
             print(done.stdout, end="")
             if done.returncode:
                 raise ValueError(f"command terminated with exit code {done.returncode}")
@@ -177,61 +158,41 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
         case ["apply", "--kustomize", folder, *selector] if len(selector) in (0, 2):
             manifests = subprocess.check_output(["kubectl", "kustomize", folder], text=True)
             apply(rehearsal, manifests, *selector[1:])
-        case ["delete", "pods", name]:
+        case ["delete", "pod", name]:
             rehearsal.delete_pod(name)
             print(f'pod "{name}" deleted from {rehearsal.namespace} namespace')
-        case ["delete", "pods", name, "--force", "--grace-period", "0"]:
+        case ["delete", "pod", name, "--force", "--grace-period", "0"]:
             rehearsal.delete_pod(name, grace=0)
             print(f'pod "{name}" force deleted from {rehearsal.namespace} namespace')
-        case ["scale", "deployments", name, "--replicas", number]:
+        case ["scale", "deployment", name, "--replicas", number]:
             rehearsal.change(name, lambda spec: spec.update(replicas=int(number)))
             print(f"deployment.apps/{name} scaled")
-        case ["set", "image", "deployments", name, change]:
+        case ["set", "image", "deployment", name, change]:
             new = {"image": change.partition("=")[2]}
             rehearsal.change(name, lambda spec: container(spec["template"]).update(new))
             print(f"deployment.apps/{name} image updated")
-        case ["rollout", "restart", "deployments", name]:
-            now = {"annotations": {"kubectl.kubernetes.io/restartedAt": str(time.time())}}
-            rehearsal.change(name, lambda spec: spec["template"]["metadata"].update(now))
-            print(f"deployment.apps/{name} restarted")
-        case ["rollout", "undo", "deployments", name]:
+        case ["rollout", "undo", "deployment", name]:
             before = rehearsal.revisions[name][-2:-1]
             if not before:
                 raise ValueError(f'no rollout history found for deployment "{name}"')
             rehearsal.change(name, lambda spec: spec.update(template=before[0]))
             print(f"deployment.apps/{name} rolled back")
-        case ["rollout", "status", "deployments", name]:
+        case ["rollout", "status", "deployment", name]:
             rehearsal.rollout_status(name, 600)
-        case ["rollout", "status", "deployments", name, "--timeout", seconds]:
+        case ["rollout", "status", "deployment", name, "--timeout", seconds]:
             rehearsal.rollout_status(name, float(seconds.removesuffix("s")))
         case _:
             raise NotImplementedError(f"A rehearsal does not know: kubectl {command}")
 
 
 def words_of(command: str) -> tuple[list[str], list[str]]:
-    """Return a command's words, with kinds in one spelling and values apart, and those after `--`.
+    """Return a command's words, with names and values apart, and those after `--`.
 
-    `scale deploy/ping --replicas=3` becomes `scale deployments ping --replicas 3`.
+    `scale deployment/ping --replicas=3` becomes `scale deployment ping --replicas 3`.
     """
-    words: list[str] = []
-    rest = iter(shlex.split(command))
-    for word in itertools.takewhile(lambda word: word != "--", rest):
-        kind, slash, name = word.partition("/")
-        if word.startswith("--"):
-            words += word.split("=", 1)
-        elif slash and kind in NAMES:
-            words += [NAMES[kind], name]
-        else:
-            words.append(",".join(NAMES.get(each, each) for each in word.split(",")))
-    return words, [*rest]
-
-
-def pod_of(rehearsal: Rehearsal, target: list[str], name: str) -> Pod:
-    """Return the pod that a command means: the one of this name, or the first of a Deployment."""
-    if target != ["deployments"]:
-        return rehearsal.pod(name)
-    rehearsal.object("Deployment", name)
-    return next(iter(rehearsal.pods(name)))
+    outside, _, inside = command.partition(" -- ")
+    apart = re.sub(r"( deployment)/|( --[a-z-]+)=", r"\1\2 ", outside)
+    return shlex.split(apart), shlex.split(inside)
 
 
 def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
@@ -243,7 +204,7 @@ def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
         if not selector or each["metadata"].get("labels", {}).get(label) == value
     ]
     before = dict(rehearsal.objects)
-    rehearsal.apply(yaml.safe_dump_all(chosen))
+    rehearsal.apply(chosen)
     for each in chosen:
         kind, name = each["kind"], each["metadata"]["name"]
         known = before.get((kind, name))
@@ -252,20 +213,15 @@ def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
         print(f"{kind.lower()}{'.' * bool(group)}{group}/{name} {how}")
 
 
-def print_tables(rehearsal: Rehearsal, kinds: list[str], names: list[str]) -> None:
-    """Print a table of each kind as `kubectl get` does: of these names, or of all."""
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise NotImplementedError(f"A rehearsal has no table of {unknown[0]}.")
+def print_tables(rehearsal: Rehearsal, kinds: list[str]) -> None:
+    """Print a table of each kind as `kubectl get` does."""
     tables = []
     for kind in kinds:
         before, header = KINDS[kind]
-        found = {row[0]: row for row in sorted(rows(rehearsal, kind))}
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(f'{kind} "{missing[0]}" not found')
-        chosen = [row for name, row in found.items() if name in names or not names]
+        found = sorted(rows(rehearsal, kind))
         if len(kinds) > 1:
-            chosen = [[f"{before}/{row[0]}", *row[1:]] for row in chosen]
-        tables += [aligned([header.split(), *chosen], gap=3)] if chosen else []
+            found = [[f"{before}/{name}", *cells] for name, *cells in found]
+        tables += [aligned([header.split(), *found], gap=3)] if found else []
     nothing = f"No resources found in {rehearsal.namespace} namespace."
     print("\n\n".join(tables) or nothing)
 
@@ -276,22 +232,21 @@ def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
         restarts = f"{pod.restarts} ({age(pod.died)} ago)" if pod.restarts else "0"
         yield [pod.name, f"{pod.ready:d}/1", pod.status, restarts, age(pod.born)]
     for name in rehearsal.named("Deployment") if kind == "deployments" else ():
-        pods, revision = rehearsal.pods(name), rehearsal.revision(name)
-        new = sum(pod.revision == revision and not pod.ending.is_set() for pod in pods)
-        ready, made = sum(pod.ready for pod in pods), age(rehearsal.made["Deployment", name])
-        yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{new}", f"{ready}", made]
-    for name, each in rehearsal.named("Service").items():
+        new, old = rehearsal.live_pods(name)
+        ready = sum(pod.ready for pod in [*new, *old])
+        made = age(rehearsal.made["Deployment", name])
+        yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{len(new)}", f"{ready}", made]
+    for name, each in rehearsal.named("Service").items() if kind == "services" else ():
         spec, made = each["spec"], age(rehearsal.made["Service", name])
+        own = "None" if spec.get("clusterIP") == "None" else "127.0.0.1"
+        outside = "<pending>" if spec.get("type") == "LoadBalancer" else "<none>"
+        ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
+        yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
+    for name in rehearsal.named("Service") if kind == "endpointslices" else ():
         port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
-        if kind == "services":
-            own = "None" if spec.get("clusterIP") == "None" else "127.0.0.1"
-            outside = "<pending>" if spec.get("type") == "LoadBalancer" else "<none>"
-            ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
-            yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
-        if kind == "endpointslices":
-            addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
-            number = port_number(found[0].container, port) if found else "<unset>"
-            yield [name, "IPv4", f"{number}", addresses, made]
+        addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
+        number = f"{port_number(found[0].container, port)}" if found else "<unset>"
+        yield [name, "IPv4", number, addresses, age(rehearsal.made["Service", name])]
 
 
 def describe(pod: Pod, namespace: str) -> None:
@@ -337,15 +292,10 @@ def age(since: float) -> str:
 
 
 class Client:
-    """The program `client.py`, which asks a gateway steadily, beside the cluster's other pods.
+    """The program `client.py` of `folder`, which asks a gateway steadily, and writes into `notes`.
 
     In a cluster it is a pod. In a rehearsal it is a process that connects to a port which sends
     each connection to some ready pod of the Service `gateway`, as the Service does in a cluster.
-
-    Args:
-        kubectl: where the gateway is.
-        folder: the program and the manifests of its pod.
-        notes: the file for what it writes.
     """
 
     def __init__(self, kubectl: Kubectl, folder: str, notes: Path):
