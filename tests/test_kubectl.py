@@ -274,7 +274,11 @@ def test_a_client_that_starts_again_replaces_the_one_before(
     service["metadata"]["name"] = "gateway"
     kubectl.rehearsal.apply([service])
     (tmp_path / "client.py").write_text(
-        "import sys, time\n"
+        "import os, signal, sys, time\n"
+        "def end(*_):\n"
+        "    os.write(1, b'0 last words\\n')\n"
+        "    os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
         "while True:\n"
         "    print(time.time(), 'version 1 of', sys.argv[1], flush=True)\n"
         "    time.sleep(0.01)\n"
@@ -284,6 +288,7 @@ def test_a_client_that_starts_again_replaces_the_one_before(
     client = Client(kubectl, str(tmp_path), tmp_path / "notes")
     assert before.poll() is not None and servers.running["client"].poll() is None
     assert client.answers()[0][1].startswith("version 1 of http://localhost:")
+    assert "last words" not in client.notes.read_text(), "the one before has written into them"
     client.close()
     assert "client" not in servers.running
 

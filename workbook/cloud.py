@@ -26,10 +26,11 @@ def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Clus
 
     Args:
         agreed: nothing but True is an agreement to costs.
-        wanted: for a rehearsal, `auto`, `docker` or `embedded`, as in `wanted_engine`.
+        wanted: for a rehearsal, `auto`, `docker` or `embedded`, as in `choose_cluster`.
         images: what must be on this machine's Docker.
 
-    RuntimeError says what is missing, where the costs are agreed to or Docker was asked for.
+    Raises RuntimeError if the costs are agreed to and something is missing, or if Docker was asked
+    for and cannot be used.
     """
     embedded = wanted_engine(wanted) == "embedded"
     obstacle = "no Docker engine is used" if embedded else cluster.images_obstacle(images)
@@ -55,7 +56,7 @@ def read_namespace(overlay: Path) -> Manifest:
 def connect_kubectl(chosen: cluster.Cluster, folder: Path) -> Kubectl:
     """Return kubectl for the cluster that eksctl has made, or for a rehearsal.
 
-    The folder has the overlay, whose namespace it is for, and the cluster's kubeconfig.
+    `folder` has the overlay, whose namespace it is for, and the cluster's kubeconfig.
     """
     if chosen.engine == "aws":
         command = f"kubectl --kubeconfig {folder / 'kubeconfig'}"

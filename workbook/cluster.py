@@ -61,26 +61,25 @@ def choose_cluster(
     """Choose what runs the pods, and create the lessons' own cluster where that is possible.
 
     Args:
-        wanted: `auto`, `docker` (a cluster, here Kind's) or `embedded` (a rehearsal), as in
-            `wanted_engine`.
+        wanted: `auto`, `docker` (a cluster, here Kind's) or `embedded` (a rehearsal); for `auto`
+            WORKBOOK_ENGINE decides, if it is set.
         images: the pods' images, which Docker must have for a cluster.
         namespace: where the pods shall be; nobody else's, for it is deleted in the end.
 
-    RuntimeError says in a sentence why Docker, or the cluster of WORKBOOK_CONTEXT, cannot be used
-    where it was asked for, or that the namespace is not this workbook's.
+    Raises RuntimeError, with a sentence that says why, if Docker or the cluster of WORKBOOK_CONTEXT
+    was asked for and cannot be used, or if the namespace is somebody else's.
     """
-    context = os.environ.get("WORKBOOK_CONTEXT", "")
     if wanted_engine(wanted) == "embedded":
         return Cluster("embedded", "asked for")
-    if context:
+    if context := os.environ.get("WORKBOOK_CONTEXT"):
         kubectl = f"kubectl --context {shlex.quote(context)}"
         if not answers(kubectl):
             raise RuntimeError(
                 f"WORKBOOK_CONTEXT names the cluster {context}, which does not answer:"
                 f" see what {kubectl} cluster-info says, or unset WORKBOOK_CONTEXT."
             )
-        named = Cluster("kubernetes", f"WORKBOOK_CONTEXT names {context}", kubectl)
-        return within(namespace, named)
+        why = f"WORKBOOK_CONTEXT names {context}"
+        return within(namespace, Cluster("kubernetes", why, kubectl))
     own = images_obstacle(images) or own_cluster()
     if isinstance(own, Cluster):
         return within(namespace, own)
@@ -110,7 +109,8 @@ def images_obstacle(images: tuple[str, ...]) -> str | None:
 
 def docker_answers(wanted: str = "auto") -> bool:
     """Say whether there is a Docker engine, and its use has not been forbidden."""
-    return wanted_engine(wanted) != "embedded" and docker("info", "--format", "{{.ID}}") != ""
+    forbidden = wanted_engine(wanted) == "embedded"
+    return not forbidden and docker("info", "--format", "{{.ServerVersion}}") != ""
 
 
 def answers(kubectl: str) -> bool:
@@ -156,16 +156,14 @@ def kind(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def kind_obstacle() -> str | None:
-    """See to it that there is a `kind` command, or say why there is none.
+    """See to it that the pinned `kind` is on PATH, or say why it is not.
 
-    The pinned version is taken: from PATH, or from its makers if its checksum is right. It is put
-    beside this environment's Python, where kubectl is, too.
+    It is had from its makers if its checksum is right, and put beside this environment's Python.
     """
     if shutil.which("kind") and KIND_VERSION in kind("version").stdout:
         return None
-    system = platform.system().lower()
     machine = platform.machine().lower()
-    machine = f"{system}-{MACHINES.get(machine, machine)}"
+    machine = f"{platform.system().lower()}-{MACHINES.get(machine, machine)}"
     if machine not in KIND_SHA256:
         return f"Kind is not made for {machine}"
     try:
@@ -175,22 +173,20 @@ def kind_obstacle() -> str | None:
     except OSError:
         return f"there is no kind {KIND_VERSION}, and it cannot be downloaded"
     if hashlib.sha256(program).hexdigest() != KIND_SHA256[machine]:
-        return (
-            f"the kind {KIND_VERSION} that was downloaded has a wrong checksum, and was thrown away"
-        )
-    target = Path(sys.executable).parent / "kind"
-    target.with_suffix(".new").write_bytes(program)
-    target.with_suffix(".new").chmod(0o755)
-    target.with_suffix(".new").rename(target)
+        return f"the kind {KIND_VERSION} that came has a wrong checksum, and was thrown away"
+    target = Path(sys.executable).with_name("kind.new")
+    target.write_bytes(program)
+    target.chmod(0o755)
+    target.rename(target.with_name("kind"))
     return None
 
 
 def load_command(image: str) -> str:
     """Return the shell command that brings an image of this Docker into the cluster.
 
-    IMAGE_LOADER is such a command without the image, for example `minikube image load`; where
-    WORKBOOK_CONTEXT names a cluster, it is a RuntimeError not to say it. By default it is Kind's;
-    where Docker keeps images as containerd does, Kind takes them from a file only.
+    IMAGE_LOADER is such a command without the image, for example `minikube image load`. By default
+    it is Kind's; where Docker keeps images as containerd does, Kind takes them from a file only.
+    Raises RuntimeError if WORKBOOK_CONTEXT names a cluster, and IMAGE_LOADER does not say how.
     """
     if loader := os.environ.get("IMAGE_LOADER"):
         return f"{loader} {image}"

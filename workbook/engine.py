@@ -18,12 +18,12 @@ def choose_engine(wanted: str = "auto", image: str | None = SERVING_IMAGE) -> tu
     """Choose what runs TensorFlow Serving, and fetch its Docker image where that is possible.
 
     Args:
-        wanted: `auto`, `docker` or `embedded`, as in `wanted_engine`.
-        image: the Docker image that must be on this machine, or be had from its registry; None
-            for images that are built here, with any engine that has Compose.
+        wanted: `auto`, `docker` or `embedded`; for `auto` WORKBOOK_ENGINE decides, if it is set.
+        image: what must be on this machine, or be had from its registry; None for images that are
+            built here, with any engine that has Compose.
 
-    Returns the engine, `docker` or `embedded`, and the reason in one phrase; RuntimeError says in
-    a sentence why Docker cannot be used where it was asked for.
+    Returns `docker` or `embedded`, and the reason in one phrase. Raises RuntimeError, with a
+    sentence that says why, if Docker was asked for and cannot be used.
     """
     if wanted_engine(wanted) == "embedded":
         return "embedded", "asked for"
@@ -33,10 +33,7 @@ def choose_engine(wanted: str = "auto", image: str | None = SERVING_IMAGE) -> tu
 
 
 def wanted_engine(wanted: str) -> str:
-    """Return `auto`, `docker` or `embedded`: for `auto`, what WORKBOOK_ENGINE says, if anything.
-
-    Anything else is a ValueError.
-    """
+    """Return `auto`, `docker` or `embedded`: for `auto`, what WORKBOOK_ENGINE says, if anything."""
     if wanted == "auto":
         wanted = os.environ.get("WORKBOOK_ENGINE") or "auto"
     if wanted not in ("auto", "docker", "embedded"):
@@ -86,7 +83,7 @@ def docker(*arguments: str) -> str:
 def run(command: str, check: bool = True, width: int | None = None) -> None:
     """Run a command; print it, and what it prints, line by line, cut to a width if there is one.
 
-    RuntimeError if it fails, and shall be checked.
+    Raises RuntimeError if it fails, and shall be checked.
     """
     print("$", command, flush=True)
     # Jupyter asks programs for colours, and for bars that move, which an output cannot show.
@@ -105,7 +102,7 @@ def command_of(
 ) -> str:
     """Return what a Dockerfile has in ENTRYPOINT and CMD, with changes for outside a container.
 
-    `arguments` are those of the build. Something to be changed that is not there is a KeyError.
+    `arguments` are the build's. Raises KeyError if what is to be changed is not there.
     """
     image = read_image(dockerfile, arguments=arguments)
     words = [*image.entrypoint, *image.command]

@@ -118,9 +118,8 @@ class Kubectl:
         if self.rehearsal is None:
             return self(f"exec {pod} -- sh -c 'kill 1'", check=False)
         print(f"rehearsal: SIGKILL to the process of {pod}")
-        process = self.rehearsal.pod(pod).process
-        assert process is not None
-        process.kill()
+        if process := self.rehearsal.pod(pod).process:
+            process.kill()
 
     def close(self) -> None:
         """Close the tunnels, and end the rehearsal if there is one."""
@@ -136,8 +135,8 @@ class Kubectl:
 def rehearse(rehearsal: Rehearsal, command: str) -> None:
     """Do a command and print what kubectl would print.
 
-    Raises ValueError with kubectl's sentence if it cannot be done, TimeoutError if it was not done
-    in time, and NotImplementedError if a rehearsal does not know it.
+    Raises ValueError with kubectl's sentence if it cannot be done, TimeoutError if that takes too
+    long, and NotImplementedError if a rehearsal does not know it.
     """
     words, inside = words_of(command)
     match words:
@@ -197,12 +196,10 @@ def words_of(command: str) -> tuple[list[str], list[str]]:
 
 def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
     """Give the rehearsal objects, all or those with a label, and say what is new."""
-    label, _, value = selector.partition("=")
-    chosen = [
-        each
-        for each in yaml.safe_load_all(manifests)
-        if not selector or each["metadata"].get("labels", {}).get(label) == value
-    ]
+    chosen = [*yaml.safe_load_all(manifests)]
+    if selector:
+        label, _, value = selector.partition("=")
+        chosen = [each for each in chosen if each["metadata"].get("labels", {}).get(label) == value]
     before = dict(rehearsal.objects)
     rehearsal.apply(chosen)
     for each in chosen:
@@ -228,25 +225,28 @@ def print_tables(rehearsal: Rehearsal, kinds: list[str]) -> None:
 
 def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
     """Yield a row for each object of a kind, as `kubectl get` shows it."""
-    for pod in rehearsal.pods() if kind == "pods" else ():
-        restarts = f"{pod.restarts} ({age(pod.died)} ago)" if pod.restarts else "0"
-        yield [pod.name, f"{pod.ready:d}/1", pod.status, restarts, age(pod.born)]
-    for name in rehearsal.named("Deployment") if kind == "deployments" else ():
-        new, old = rehearsal.live_pods(name)
-        ready = sum(pod.ready for pod in [*new, *old])
-        made = age(rehearsal.made["Deployment", name])
-        yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{len(new)}", f"{ready}", made]
-    for name, each in rehearsal.named("Service").items() if kind == "services" else ():
-        spec, made = each["spec"], age(rehearsal.made["Service", name])
-        own = "None" if spec.get("clusterIP") == "None" else "127.0.0.1"
-        outside = "<pending>" if spec.get("type") == "LoadBalancer" else "<none>"
-        ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
-        yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
-    for name in rehearsal.named("Service") if kind == "endpointslices" else ():
-        port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
-        addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
-        number = f"{port_number(found[0].container, port)}" if found else "<unset>"
-        yield [name, "IPv4", number, addresses, age(rehearsal.made["Service", name])]
+    if kind == "pods":
+        for pod in rehearsal.pods():
+            restarts = f"{pod.restarts} ({age(pod.died)} ago)" if pod.restarts else "0"
+            yield [pod.name, f"{pod.ready:d}/1", pod.status, restarts, age(pod.born)]
+    elif kind == "deployments":
+        for name in rehearsal.named("Deployment"):
+            (new, old), made = rehearsal.live_pods(name), age(rehearsal.made["Deployment", name])
+            ready = sum(pod.ready for pod in [*new, *old])
+            yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{len(new)}", f"{ready}", made]
+    elif kind == "services":
+        for name, each in rehearsal.named("Service").items():
+            spec, made = each["spec"], age(rehearsal.made["Service", name])
+            own = "None" if spec.get("clusterIP") == "None" else "127.0.0.1"
+            outside = "<pending>" if spec.get("type") == "LoadBalancer" else "<none>"
+            ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
+            yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
+    elif kind == "endpointslices":
+        for name in rehearsal.named("Service"):
+            port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
+            addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
+            number = f"{port_number(found[0].container, port)}" if found else "<unset>"
+            yield [name, "IPv4", number, addresses, age(rehearsal.made["Service", name])]
 
 
 def describe(pod: Pod, namespace: str) -> None:
@@ -279,12 +279,11 @@ def aligned(table: list[list[str]], gap: int, indent: str = "") -> str:
 
 def age(since: float) -> str:
     """Return how long ago a moment was, as kubectl writes it."""
-    seconds = int(time.monotonic() - since)
-    minutes, rest = divmod(seconds, 60)
+    minutes, seconds = divmod(int(time.monotonic() - since), 60)
     if minutes < 2:
-        return f"{seconds}s"
-    if minutes < 10:
-        return f"{minutes}m{rest}s" if rest else f"{minutes}m"
+        return f"{60 * minutes + seconds}s"
+    if minutes < 10 and seconds:
+        return f"{minutes}m{seconds}s"
     return f"{minutes}m" if minutes < 180 else f"{minutes // 60}h"
 
 
@@ -308,6 +307,7 @@ class Client:
             self.there(f"apply --kustomize {folder}")
             self.there("wait pod/client --for condition=Ready --timeout 120s")
             words = shlex.split(f"{self.there.command} logs --follow client")
+        servers.stop("client")  # before its notes are emptied
         with notes.open("w") as file:
             servers.start("client", words, stdout=file)
         servers.wait_until(self.is_well, "a hundred predictions have come")

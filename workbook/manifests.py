@@ -35,7 +35,7 @@ REFUSED = re.compile(
 
 
 class Image(NamedTuple):
-    """What a Dockerfile makes: the folder it is built from, ENTRYPOINT and CMD.
+    """What a Dockerfile makes, built from the folder `context`.
 
     `paths` are paths in the image, and where the same files are here; `environment` is what ENV
     says of the model. (What else it says, such as PATH, means nothing outside a container.)

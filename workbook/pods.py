@@ -45,7 +45,8 @@ class Pod:
     def __init__(self, owner: str, template: Manifest, slot: int, folder: Path, launch: Launch):
         self.owner, self.slot, self.launch = owner, slot, launch
         self.revision = revision_of(template)
-        self.name = f"{owner}-{self.revision}-{spelled(secrets.token_bytes(5))}"
+        letters = "".join(secrets.choice(LETTERS) for _ in range(5))
+        self.name = f"{owner}-{self.revision}-{letters}"
         self.container = container(template)
         self.image: str = self.container["image"]
         self.state, self.ready, self.restarts = "Pending", False, 0
@@ -110,12 +111,11 @@ class Pod:
         self.process = process = self.launch(self)
         self._note("Started", "Container started")
         self.state, started = "Running", threading.Event()
-        for kind in PROBES:
-            if spec := self.container.get(kind):
-                arguments = (kind, spec, process, started)
-                threading.Thread(target=self._probe, args=arguments, daemon=True).start()
         if "startupProbe" not in self.container:
             started.set()
+        for kind in self.container.keys() & PROBES:
+            arguments = (kind, self.container[kind], process, started)
+            threading.Thread(target=self._probe, args=arguments, daemon=True).start()
         while process.poll() is None and not self.ending.wait(TICK_SECONDS / 2):
             if started.is_set() and "readinessProbe" not in self.container:
                 self.ready = True
@@ -205,9 +205,4 @@ def backoff(failures: int) -> float:
 
 def revision_of(template: Manifest) -> str:
     """Return the hash of a pod template, which is part of its pods' names."""
-    return spelled(hashlib.sha256(json.dumps(template, sort_keys=True).encode()).digest()[:8])
-
-
-def spelled(random: bytes) -> str:
-    """Return a letter for each byte."""
-    return "".join(LETTERS[byte % len(LETTERS)] for byte in random)
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:10]

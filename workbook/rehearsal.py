@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from workbook import manifests
-from workbook.manifests import Image, Manifest, container
+from workbook.manifests import Image, Manifest, container, port_number
 from workbook.pods import TICK_SECONDS, Pod, revision_of
 from workbook.servers import is_busy, require_free_ports
 
@@ -187,9 +187,8 @@ class Rehearsal:
 
     def pod(self, name: str) -> Pod:
         """Return a pod by its name."""
-        for pod in self.pods():
-            if pod.name == name:
-                return pod
+        if found := [pod for pod in self.pods() if pod.name == name]:
+            return found[0]
         raise ValueError(f'pods "{name}" not found')
 
     def named(self, kind: str) -> dict[str, Manifest]:
@@ -308,7 +307,7 @@ class Rehearsal:
         rules = {rf"(?:dns:///)?(?<![\w.-])(?P<service>{names}){end}:(?P<port>\d+)": ""}
         for inside, here in sorted(self.images[pod.image].paths.items(), reverse=True):
             rules[re.escape(inside) + r"(?![\w.-])"] = here
-        rules |= {r"(?<![\d.])0\.0\.0\.0(?![\d.])": "127.0.0.1", "^python3?$": sys.executable}
+        rules[r"(?<![\d.])0\.0\.0\.0(?![\d.])"] = "127.0.0.1"
         rules |= {rf"(?<![\w.]){number}(?!\w)": str(own) for number, own in pod.ports.items()}
 
         def replace(match: re.Match[str]) -> str:
@@ -325,11 +324,9 @@ class Rehearsal:
         target, behind = self.target_port(name, port), self._templates_behind(name)
         if not behind:  # a cluster's DNS would know its pods later; a process is told once
             raise ValueError(f"Error: no Deployment makes pods for the Service {name} yet")
-        return ",".join(
-            f"127.0.0.1:{self._ports_at(each, n)[manifests.port_number(container(its), target)]}"
-            for each, its in behind.items()
-            for n in range(SLOTS)
-        )
+        numbers = {each: port_number(container(its), target) for each, its in behind.items()}
+        slots = itertools.product(numbers, range(SLOTS))
+        return ",".join(f"127.0.0.1:{self._ports_at(*each)[numbers[each[0]]]}" for each in slots)
 
     def _ports_at(self, deployment: str, slot: int) -> dict[int, int]:
         """Return the ports on this machine that pods have in one of a Deployment's slots."""
@@ -353,7 +350,7 @@ class Rehearsal:
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """A port of this machine, each of whose connections goes to the address that is chosen."""
+    """A port of this machine; the address that each connection goes to is chosen then."""
 
     daemon_threads = allow_reuse_address = True
     request_queue_size = 128
