@@ -98,7 +98,7 @@ def test_ping_answers_behind_its_service(start: Start, ping: Manifests) -> None:
     rehearsal = start(ping)
     rehearsal.rollout_status("ping")
     pod = only_pod(rehearsal)
-    assert re.fullmatch(r"ping-[0-9a-f]{10}-[b-z2-9]{5}", pod.name)
+    assert re.fullmatch(r"ping-[0-9a-f]{8}-[b-z2-9]{5}", pod.name)
     eventually(lambda: rehearsal.endpoints["ping"] == [pod], "the endpoints are known")
     port = rehearsal.expose("ping", "http")
     assert rehearsal.expose("ping", 80) == port, "opened once"

@@ -265,8 +265,8 @@ def describe(pod: Pod, namespace: str) -> None:
     for (kind, reason, message), (first, last, count) in seen:
         when = age(last) if count == 1 else f"{age(last)} (x{count} over {age(first)})"
         events.append([kind, reason, when, "kubelet", message])
-    print(f"Name:             {pod.name}\nNamespace:        {namespace}")
-    print(f"Containers:\n  {pod.container['name']}:")
+    print(f"Name:             {pod.name}\nNamespace:        {namespace}\nContainers:")
+    print(f"  {pod.container['name']}:")
     print(*(f"    {key:16}{value}" for key, value in lines), sep="\n")
     print("Events:", aligned(events, gap=2, indent="  "), sep="\n")
 

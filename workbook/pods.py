@@ -205,4 +205,4 @@ def backoff(failures: int) -> float:
 
 def revision_of(template: Manifest) -> str:
     """Return the hash of a pod template, which is part of its pods' names."""
-    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:10]
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:8]

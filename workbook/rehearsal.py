@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from workbook.manifests import Image, Manifest, container, port_number
 from workbook.pods import TICK_SECONDS, Pod, revision_of
 from workbook.servers import is_busy, require_free_ports
 
-ENDPOINTS_SECONDS = 0.5  # so late does a Service learn which pods are ready; in a cluster, too
+ENDPOINTS_TICKS = 5  # so late does a Service learn which pods are ready; in a cluster, too
 SLOTS = 8  # for the pods of a Deployment behind a headless Service
 CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
 NOT_SHOWN = """\
@@ -56,8 +56,7 @@ class Rehearsal:
         self.endpoints: dict[str, list[Pod]] = {}
         # A pod has a slot, and each slot has ports of its own, so that the name of a headless
         # Service can mean all slots of its pods, whichever pods come and go.
-        self.slots: dict[tuple[str, int], dict[int, int]] = {}
-        self.ports, self.claims = self._free_ports(), list[socket.socket]()
+        self.claims: dict[tuple[str, int], socket.socket] = {}
         self.proxies: dict[object, Proxy] = {}
         self.lock, self.over = threading.RLock(), threading.Event()
         # It removes what is left when this program ends without having called `close`.
@@ -81,7 +80,7 @@ class Rehearsal:
             pod.gone.wait()
         for proxy in self.proxies.values():
             proxy.close()
-        for claim in self.claims:
+        for claim in self.claims.values():
             claim.close()
         assert self.reaper.stdin is not None
         self.reaper.stdin.close()
@@ -242,7 +241,7 @@ class Rehearsal:
                 self.all_pods = self.pods()
                 for name in self.named("Deployment"):
                     self._reconcile(name)
-                if number % max(1, round(ENDPOINTS_SECONDS / TICK_SECONDS)) == 0:
+                if number % ENDPOINTS_TICKS == 0:
                     self.endpoints = {name: self.ready_pods(name) for name in self.named("Service")}
             if self.over.wait(TICK_SECONDS):
                 return
@@ -280,7 +279,8 @@ class Rehearsal:
         image, own = self.images[pod.image], "command" in pod.container
         words = pod.container.get("command", image.entrypoint)
         words = [*words, *pod.container.get("args", [] if own else image.command)]
-        pod.ports = self._ports_at(pod.owner, pod.slot)
+        numbers = [each["containerPort"] for each in pod.container.get("ports", [])]
+        pod.ports = {number: self._port_at(pod.owner, number, pod.slot) for number in numbers}
         with pod.log.open("wb") as log:
             return subprocess.Popen(**self._options(pod, words) | {"stdout": log})
 
@@ -325,28 +325,23 @@ class Rehearsal:
         if not behind:  # a cluster's DNS would know its pods later; a process is told once
             raise ValueError(f"Error: no Deployment makes pods for the Service {name} yet")
         numbers = {each: port_number(container(its), target) for each, its in behind.items()}
-        slots = itertools.product(numbers, range(SLOTS))
-        return ",".join(f"127.0.0.1:{self._ports_at(*each)[numbers[each[0]]]}" for each in slots)
+        slots = itertools.product(numbers.items(), range(SLOTS))
+        return ",".join(f"127.0.0.1:{self._port_at(*each, slot)}" for each, slot in slots)
 
-    def _ports_at(self, deployment: str, slot: int) -> dict[int, int]:
-        """Return the ports on this machine that pods have in one of a Deployment's slots."""
-        with self.lock:
-            if (deployment, slot) not in self.slots:
-                its = container(self.object("Deployment", deployment)["spec"]["template"])
-                declared = [each["containerPort"] for each in its.get("ports", [])]
-                self.slots[deployment, slot] = {port: next(self.ports) for port in declared}
-            return self.slots[deployment, slot]
+    def _port_at(self, deployment: str, number: int, slot: int) -> int:
+        """Return the port on this machine for a port of the pods in one of a Deployment's slots.
 
-    def _free_ports(self) -> Iterator[int]:
-        """Yield ports that nobody listens at, from hundreds that no other rehearsal has claimed.
-
-        They are below those that the system gives to outgoing connections, 32768 and more on Linux.
+        It is among a hundred that nobody listens at and that no other rehearsal has claimed, below
+        those that the system gives to outgoing connections, 32768 and more on Linux.
         """
-        while True:
-            first = 26_000 + 100 * secrets.randbelow(60)
-            with suppress(OSError):
-                self.claims.append(socket.create_server(("127.0.0.1", first)))
-                yield from (port for port in range(first + 1, first + 100) if not is_busy(port))
+        with self.lock:
+            while (deployment, number) not in self.claims:
+                first = 26_000 + 100 * secrets.randbelow(60)
+                if not any(map(is_busy, range(first, first + 100))):
+                    with suppress(OSError):
+                        claim = socket.create_server(("127.0.0.1", first))
+                        self.claims[deployment, number] = claim
+            return self.claims[deployment, number].getsockname()[1] + 1 + slot
 
 
 class Proxy(socketserver.ThreadingTCPServer):
