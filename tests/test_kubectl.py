@@ -210,6 +210,21 @@ def test_what_is_not_there_is_not_found(command: str, say: Say, kubectl: Kubectl
         kubectl(command)
 
 
+@pytest.mark.parametrize("command", ["exec", "rollout undo", "set image", "rollout status"])
+def test_a_deployment_that_is_not_there_is_not_found(command: str, say: Say) -> None:
+    told = say(f"{command} deployment/nobody{' a=b' * (command == 'set image')}", check=False)
+    assert told == 'Error from server (NotFound): deployments.apps "nobody" not found'
+
+
+def test_a_deployment_without_pods_runs_no_command(say: Say) -> None:
+    say("apply --kustomize kube-config/ping")
+    say("rollout status deployment/ping")
+    say("scale deployment/ping --replicas 0")
+    say("rollout status deployment/ping")
+    told = say("exec deployment/ping -- id", check=False)
+    assert told == "error: timed out waiting for the condition"
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -147,8 +147,10 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
         case ["logs", name]:
             print(rehearsal.pod(name).log.read_text(errors="replace"), end="")
         case ["exec", *kind, name] if kind in ([], ["deployment"]):
-            pod = rehearsal.pods(name)[0].name if kind else name
-            done = rehearsal.exec(pod, *inside)
+            new, old = rehearsal.live_pods(name) if kind else ([rehearsal.pod(name)], [])
+            if not (new or old):
+                raise TimeoutError("timed out waiting for the condition")
+            done = rehearsal.exec((new or old)[0].name, *inside)
             print(done.stdout, end="")
             if done.returncode:
                 raise ValueError(f"command terminated with exit code {done.returncode}")
@@ -167,10 +169,11 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
             rehearsal.change(name, lambda spec: spec.update(replicas=int(number)))
             print(f"deployment.apps/{name} scaled")
         case ["set", "image", "deployment", name, change]:
-            new = {"image": change.partition("=")[2]}
-            rehearsal.change(name, lambda spec: container(spec["template"]).update(new))
+            image = change.partition("=")[2]
+            rehearsal.change(name, lambda spec: container(spec["template"]).update(image=image))
             print(f"deployment.apps/{name} image updated")
         case ["rollout", "undo", "deployment", name]:
+            rehearsal.object("Deployment", name)  # or it is not found
             before = rehearsal.revisions[name][-2:-1]
             if not before:
                 raise ValueError(f'no rollout history found for deployment "{name}"')
