@@ -255,6 +255,9 @@ def test_a_pod_that_is_not_ready_gets_no_requests(start: Start, ping: Manifests)
 def test_a_pod_that_does_not_live_is_started_again(start: Start, ping: Manifests) -> None:
     check = {"httpGet": {"path": "/absent", "port": "http"}}
     container_of(ping)["livenessProbe"] = check | {"periodSeconds": 1, "failureThreshold": 2}
+    # However slow the machine is, gunicorn listens before it is asked whether it lives.
+    started = {"httpGet": {"path": "/ping", "port": "http"}}
+    container_of(ping)["startupProbe"] = started | {"periodSeconds": 1, "failureThreshold": 60}
     pod = only_pod(start(ping))
     eventually(lambda: pod.restarts >= 1, "it is started again")
     assert sum(count for (*_, text), (*_, count) in pod.events.items() if "Liveness" in text) >= 2
