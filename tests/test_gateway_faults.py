@@ -615,6 +615,52 @@ def test_memory_while_many_send_many_large_links(start_gateway, model_server):
     assert peak < limit - uploads, f"{peak:,} of {limit:,} bytes, {uploads:,} of them for uploads"
 
 
+@contextmanager
+def gateway_with_little_room(launch: Callable[..., Server], folder: Path, **env: str) -> Iterator:
+    """A gateway whose uploads have 48 MiB of their own; give it and that room's folder."""
+    alone = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+    mount = ["sh", "-ec", 'mount -t tmpfs -o size=48m tmpfs "$0"; exec "$@"', str(folder)]
+    if subprocess.run([*alone, *mount, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace can be had here, with a small disk in it")
+    port = free_port()
+    command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "gateway:app"]
+    env |= {"TMPDIR": str(folder), "DRAIN_SECONDS": "0"}
+    gateway = launch([*alone, *mount, *command], f"http://127.0.0.1:{port}", **env)
+    wait_until_ready(gateway, f"{gateway.http}/readyz", lambda body: True)
+    yield gateway, Path(f"/proc/{workers(gateway)[0].pid}/root{folder}")
+    gateway.stop()
+
+
+LARGE = {"files": {"file": ("dress.png", SAMPLE.ljust(9_900_000, b"\0"))}}
+
+
+def test_floods_of_uploads_leave_no_trace(launch, model_server, tmp_path):
+    """Those that have no room are told to come again, and the next ones find it empty."""
+    room = gateway_with_little_room(launch, tmp_path, TF_SERVING_HOST=model_server.grpc)
+    with room as (gateway, folder), ThreadPoolExecutor(60) as pool:
+        for _ in range(3):
+            answers = [*pool.map(lambda _: post(gateway, **LARGE), range(60))]
+            causes = Counter("" if is_good(answer) else answer.cause for answer in answers)
+            assert causes.keys() <= {"", "too-busy"} and causes[""] >= 3, causes
+            disk = shutil.disk_usage(folder)
+            assert disk.used == 0, f"{disk.used:,} bytes are not given back"
+        assert is_good(post(gateway, **LARGE))
+
+
+def test_an_upload_while_the_disk_is_full(launch, model_server, tmp_path):
+    """Something else has filled it; that is no error of the gateway, and passes."""
+    room = gateway_with_little_room(launch, tmp_path, TF_SERVING_HOST=model_server.grpc)
+    with room as (gateway, folder):
+        for free in (5_000_000, 0):
+            (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - free))
+            answer = post(gateway, **LARGE)
+            assert (answer.status, answer.cause) == (503, "too-busy")
+            assert int(answer.headers["Retry-After"]) > 0
+            (folder / "filler").unlink()
+            assert shutil.disk_usage(folder).used == 0
+            assert is_good(post(gateway, **LARGE))
+
+
 def test_pictures_that_take_longer_to_decode_than_there_is_time(start_gateway, model_server):
     """The model server, which has not even been asked, is not to blame."""
     with serve(HostOfLarge) as address:
