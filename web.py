@@ -4,6 +4,7 @@ Besides: the forms that come in, the key and the rate limit, times and counts fo
 the routes `/metrics` and `/openapi.json`.
 """
 
+import errno
 import hmac
 import json
 import logging
@@ -11,12 +12,12 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from tempfile import SpooledTemporaryFile, gettempdir
 from typing import Any
 
 import flask
@@ -25,7 +26,7 @@ import prometheus_client as prometheus
 from flask import Blueprint, Flask, Response, current_app, g, render_template, request
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
-from multipart import MultipartError, MultipartParser, ParserLimitReached
+from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
@@ -45,11 +46,13 @@ USAGE = f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}} or a form 
 LINKS_MAX_BYTES = 4 * IMAGE_MAX_BYTES  # of all pictures behind the links of one request
 FORM_MAX_BYTES = IMAGE_MAX_BYTES + 65536  # the picture, and the form around it
 FORM_MEMORY_BYTES = 500_000  # a larger part of a form waits in a file
+FORM_MAX_PARTS = 128
 JSON_MAX_BYTES = 65536  # nested lists take 30 times as much memory once they are parsed
 TOO_BIG = (
     f"A picture may have {IMAGE_MAX_BYTES:,} bytes and {IMAGE_MAX_PIXELS:,} pixels, "
     f"those of several links {LINKS_MAX_BYTES:,} bytes together."
 )
+TOO_MANY_UPLOADS = "Too many uploads at a time; try again soon."
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none';"
@@ -225,27 +228,21 @@ class UploadBudget:
     """The bytes that one form has taken of those that all forms on their way may take together."""
 
     # Of the disk where large parts wait; in a container that is memory.
-    left = shutil.disk_usage(tempfile.gettempdir()).free * 3 // 4
+    left = shutil.disk_usage(gettempdir()).free * 3 // 4
     lock = threading.Lock()
 
     def __init__(self, stream=None, taken: int = 0):
         self.stream, self.taken = stream, taken
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes of the form; raise Problem (503) when the disk is nearly full.
-
-        The form gives back what it has taken before it raises. If it kept that until the request
-        has ended, several large forms could block one another, and none would get through.
-        """
+        """Return the next bytes of the form; raise Problem (503) when the disk is nearly full."""
         data = self.stream.read(size)
         with UploadBudget.lock:
-            if len(data) <= UploadBudget.left:
-                UploadBudget.left -= len(data)
-                self.taken += len(data)
-                return data
-            UploadBudget.left += self.taken
-            self.taken = 0
-        raise Problem(503, "too-busy", "Too many uploads at a time; try again soon.")
+            if len(data) > UploadBudget.left:
+                raise Problem(503, "too-busy", TOO_MANY_UPLOADS)
+            UploadBudget.left -= len(data)
+            self.taken += len(data)
+            return data
 
     def split(self, size: int) -> "UploadBudget":
         """Hand some of the taken bytes over to a budget of their own."""
@@ -274,27 +271,48 @@ class FormParser(FormDataParser):
     """Reads forms with `multipart`, in a tenth of the time that Werkzeug's own parser takes."""
 
     def parse(self, stream, mimetype, content_length, options=None):
-        """Return the stream, the fields and the files; nothing of a form that is malformed."""
+        """Return the stream, the fields and the files; nothing of a form that is malformed.
+
+        A form that fails closes its files, and gives back their bytes, at once. If it kept them
+        until the request has ended, several large forms could block one another.
+
+        Raises:
+            Problem: 503 where the form does not fit on the disk beside those of others.
+        """
         if mimetype != "multipart/form-data":
             return super().parse(stream, mimetype, content_length, options)
         fields: MultiDict[str, str] = MultiDict()
         files: MultiDict[str, FileStorage] = MultiDict()
         boundary, budget = (options or {}).get("boundary", ""), UploadBudget(stream)
-        with ExitStack() as stack:
-            stack.callback(budget.close)
-            try:
-                for part in MultipartParser(budget, boundary, spool_limit=FORM_MEMORY_BYTES):
-                    if part.filename:
-                        files.add(part.name, file := Upload(part.file, part.filename, part.name))
-                        file.budget = budget.split(part.size)
-                        stack.callback(file.close)
+        try:
+            with ExitStack() as stack:
+                stack.callback(budget.close)  # last, when all files are closed
+                parser = PushMultipartParser(boundary, max_segment_count=FORM_MAX_PARTS)
+                for event in parser.parse_blocking(budget.read):
+                    if isinstance(event, MultipartSegment):
+                        part = event
+                        file = stack.enter_context(SpooledTemporaryFile(FORM_MEMORY_BYTES))
+                    elif event:
+                        file.write(event)
                     else:
-                        fields.add(part.name, part.raw.decode(errors="replace"))
-            except ParserLimitReached as error:
-                raise RequestEntityTooLarge from error
-            except MultipartError:
-                return stream, MultiDict(), MultiDict()
-            stack.pop_all()  # whoever reads the files closes them
+                        file.seek(0)
+                        if part.filename:
+                            upload = Upload(file, part.filename, part.name)
+                            upload.budget = budget.split(part.size)
+                            stack.callback(upload.close)
+                            files.add(part.name, upload)
+                        else:
+                            fields.add(part.name, file.read().decode(errors="replace"))
+                            file.close()
+                stack.pop_all()  # whoever reads the files closes them
+        except ParserLimitReached as error:
+            raise RequestEntityTooLarge from error
+        except MultipartError:
+            return stream, MultiDict(), MultiDict()
+        except OSError as error:  # from a file's end, too, which writes what was not written yet
+            if error.errno != errno.ENOSPC:
+                raise
+            raise Problem(503, "too-busy", TOO_MANY_UPLOADS) from error
         budget.close()
         return stream, fields, files
 
