@@ -155,7 +155,7 @@ def main() -> int:
     if args.dry_run:
         for name, known in (found := work.leftovers()).items():
             print(f"would delete {name}" if known else f"would leave {name}: delete it by hand")
-        print(f"{len(found)} in all")
+        print(f"{len(found)} in all with the tag project={cluster.project}")
         report(cluster, work.unclaimed())
         return 0
     if work.find() and not work.describe():
@@ -189,7 +189,7 @@ def report(cluster: Cluster, unclaimed: list[str]) -> None:
     for name in unclaimed:
         print(f"without the tag: {name}")
     advice = ": look whether they are yours, and delete them by hand" if unclaimed else ""
-    print(f"{len(unclaimed)} without it that bear the name {cluster.name}{advice}")
+    print(f"{len(unclaimed)} things without that tag bear the name {cluster.name}{advice}")
 
 
 if __name__ == "__main__":

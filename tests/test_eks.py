@@ -185,7 +185,7 @@ def test_the_policy_names_actions_that_there_are() -> None:
     clients = {"tag": ["resourcegroupstaggingapi"], "elasticloadbalancing": ["elb", "elbv2"]}
     clients |= {"servicequotas": ["service-quotas"]}
     actions = [action for each in POLICY["Statement"] for action in listed(each["Action"])]
-    known = {"iam:PassRole"}
+    known = {"cloudformation:TagResource", "iam:PassRole"}
     for prefix in {action.partition(":")[0] for action in actions}:
         for name in clients.get(prefix, [prefix]):
             operations = session.get_service_model(name).operation_names
@@ -345,7 +345,7 @@ def test_the_pods_find_room_on_the_nodes(objects: list[dict[str, Any]]) -> None:
             assert request.endswith("m")
             surge = deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
             pods += (scalers[name]["spec"]["maxReplicas"] + surge) * [int(request[:-1])]
-    assert pods and fit(pods, GROUPS["cpu"]["maxSize"])
+    assert pods and fit(pods, GROUPS["cpu"]["desiredCapacity"])
     assert not fit([500] * 8, 2), "eight of half a core do not fit beside what EKS runs"
 
 
@@ -363,6 +363,33 @@ def test_what_needs_a_gpu_is_said_with_the_same_number_everywhere() -> None:
     assert int(re.findall(r"^GPU_NODES = (\d+)", lesson, re.M)[0]) == wanted
     vcpus = 4 * wanted  # a g4dn.xlarge has four
     assert f"(L-DB2E81BA, in vCPUs) must be {vcpus} for" in cluster.read_text()
+
+
+def test_readme_and_lesson_say_what_the_files_say() -> None:
+    """Dollars, maxima and shares that stand in a text and follow from a file."""
+    readme, cells = (ROOT / "README.md").read_text(), nbformat.read(LESSON, as_version=4).cells
+    lesson = "".join(cell.source for cell in cells)
+    hourly, gpu = cost.hourly_costs(CLUSTER), cost.hourly_costs(CLUSTER, nodes={"gpu": 1})
+    dollars, words = sum(hourly.values()), ["no", "one", "two", "three", "four", "five"]
+    credit = cost.credit_costs(CLUSTER)
+    assert f"about {dollars:.2f} $ an hour, or {24 * dollars:.0f} $ a day, without a GPU" in readme
+    assert f"and {sum(gpu.values()) - dollars:.2f} $ an hour more for each GPU node" in readme
+    assert f"their CPU credits cost up to {credit:.2f} $ an hour more" in readme
+    _, paid = cost.BURSTABLE[GROUPS["cpu"]["instanceType"]]
+    assert f"covers {100 * paid:.0f} % of its two cores" in lesson
+    assert f"at {words[round(100 * cost.PRICES['CPU credit'])]} cents for a core" in lesson
+    for name, group in (("CPU", "cpu"), ("GPU", "gpu")):
+        price = cost.PRICES[GROUPS[group]["instanceType"]]
+        assert f"{name}_NODE_DOLLARS = {price}\n" in lesson
+    scalers = named(kustomize(ROOT / "eks"), AUTOSCALER)
+    gateways, servers = (
+        words[scalers[each]["spec"]["maxReplicas"]] for each in ("gateway", "model-server")
+    )
+    assert f"stop at {gateways} gateways and {servers} model servers" in lesson
+    assert f"There are {words[GROUPS['cpu']['maxSize']]} nodes" in lesson
+    vcpus = 4 * GROUPS["gpu"]["maxSize"]
+    assert f'quota of {vcpus} vCPUs for "Running On-Demand G and VT instances"' in readme
+    assert f'"Running On-Demand G and VT instances" must be {vcpus}.' in lesson
 
 
 def test_the_load_balancer_admits_nobody_until_asked_and_carries_the_tag(

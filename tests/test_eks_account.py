@@ -603,7 +603,7 @@ def test_a_tag_is_never_given_to_another_image(
 QUICK = ["--poll", "0.1", "--timeout", "30"]
 NOTHING = (
     f"0 left with the tag project={CLUSTER.project}\n"
-    f"0 without it that bear the name {CLUSTER.name}\n"
+    f"0 things without that tag bear the name {CLUSTER.name}\n"
 )
 
 
@@ -1003,15 +1003,17 @@ def test_what_bears_the_name_without_the_tag_is_named_and_kept(aws: Aws, cloud: 
     before = cloud.state()
     output = aws.run("teardown", *QUICK, status=1)
     assert all(re.search(f"without the tag: .*{re.escape(name)}", output) for name in names)
-    assert "0 left with the tag" in output and f"{len(names)} without it that bear" in output
+    assert (
+        "0 left with the tag" in output and f"{len(names)} things without that tag bear" in output
+    )
     assert cloud.state() == before
 
     cloud.make_cluster()
     output = aws.run("teardown", "--dry-run")  # which lists what the cluster will not take along
-    assert f"without the tag: {names[0]}\n" in output and "2 without it" in output
+    assert f"without the tag: {names[0]}\n" in output and "2 things without" in output
     cloud.delete_cluster()
     cloud.make_cluster(tags={"project": "something-else"})
-    assert "0 without it" in aws.run("teardown", "--dry-run"), "they may be that cluster's"
+    assert "0 things without" in aws.run("teardown", "--dry-run"), "they may be that cluster's"
 
 
 def test_the_policy_allows_what_publish_and_teardown_do(aws: Aws, cloud: Cloud) -> None:
