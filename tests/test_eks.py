@@ -352,9 +352,13 @@ def test_the_pods_find_room_on_the_nodes(objects: list[dict[str, Any]]) -> None:
 def test_what_needs_a_gpu_is_said_with_the_same_number_everywhere() -> None:
     """Pods, nodes, both commands, the quota and the lesson's costs."""
     overlay, cluster = ROOT / "eks/gpu/kustomization.yaml", ROOT / "eks/cluster.yaml"
-    servers = named(kustomize(overlay.parent), "Deployment")["model-server"]["spec"]
+    objects = kustomize(overlay.parent)
+    servers = named(objects, "Deployment")["model-server"]["spec"]
     (container,) = servers["template"]["spec"]["containers"]
-    wanted = servers["replicas"] * container["resources"]["limits"]["nvidia.com/gpu"]
+    scaler = named(objects, AUTOSCALER).get("model-server", {"spec": {}})["spec"]
+    pods = scaler.get("maxReplicas", servers.get("replicas", 1))
+    assert scaler.get("minReplicas", pods) == pods
+    wanted = pods * container["resources"]["limits"]["nvidia.com/gpu"]
     assert wanted == GROUPS["gpu"]["maxSize"]
     for path in (overlay, cluster):
         (said,) = re.findall(r"--name gpu --nodes (\d+)", path.read_text())
