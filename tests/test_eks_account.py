@@ -26,6 +26,7 @@ import pytest
 import requests
 import yaml
 from helpers.basics import ROOT, eventually, free_port
+from moto.iam.access_control import IAMPolicy, PermissionResult
 from moto.server import ThreadedMotoServer
 from test_eks import kustomize, named
 
@@ -75,6 +76,7 @@ class Aws:
         self.delays: dict[str, float] = {}
         self.replies: dict[str, Any] = {}
         self.asked: list[str] = []
+        self.actions: set[str] = set()
 
     def client(self, name: str) -> Any:
         """A client of moto itself, past the errors."""
@@ -128,6 +130,8 @@ def aws(moto: str, tmp_path: Path) -> Iterator[Aws]:
             form = re.search(rb"Action=(\w+)", body)
             operation = target or (form[1].decode() if form else f"{self.command} {self.path}")
             account.asked.append(operation)
+            signed = re.search("/([a-z0-9-]+)/aws4_request", self.headers.get("Authorization", ""))
+            account.actions.add(f"{signed[1] if signed else ''}:{operation}")
             time.sleep(account.delays.get(operation, 0))
             if operation in account.replies:
                 self.send_response(200)
@@ -387,6 +391,7 @@ def test_errors_on_the_way_are_explained(
         ({"AWS_SECRET_ACCESS_KEY": None}, "Your AWS credentials are incomplete"),
         ({"AWS_PROFILE": "elsewhere"}, "elsewhere"),
         ({"AWS_DEFAULT_REGION": "eu-west-3"}, "says eu-west-3 and eks/cluster.yaml says us-west-2"),
+        ({"AWS_REGION": "eu-west-3"}, "says eu-west-3 and eks/cluster.yaml says us-west-2"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "AWS cannot be reached"),
     ],
 )
@@ -396,6 +401,11 @@ def test_what_is_wrong_with_the_configuration_is_said(
     assert sentence in aws.run("publish", "--no-push", status=1, **env)
     assert sentence in aws.run("teardown", status=1, **env)
     assert aws.repositories() == {}
+
+
+def test_the_region_that_aws_and_eksctl_would_take_is_the_one_that_counts(aws: Aws) -> None:
+    aws.env |= {"AWS_REGION": CLUSTER.region, "AWS_DEFAULT_REGION": "eu-west-3"}
+    assert aws.run("teardown", "--dry-run").startswith(f"account {ACCOUNT}, {CLUSTER.region}, ")
 
 
 def test_another_account_is_refused(aws: Aws) -> None:
@@ -591,6 +601,10 @@ def test_a_tag_is_never_given_to_another_image(
 # --- teardown ------------------------------------------------------------------------------------
 
 QUICK = ["--poll", "0.1", "--timeout", "30"]
+NOTHING = (
+    f"0 left with the tag project={CLUSTER.project}\n"
+    f"0 things without that tag bear the name {CLUSTER.name}\n"
+)
 
 
 class Cloud:
@@ -609,6 +623,11 @@ class Cloud:
             self.eks.create_nodegroup(
                 clusterName=name, nodegroupName=group, subnets=[self.subnet], nodeRole=role
             )
+
+    def delete_cluster(self) -> None:
+        for group in ("cpu", "gpu"):
+            self.eks.delete_nodegroup(clusterName=CLUSTER.name, nodegroupName=group)
+        self.eks.delete_cluster(name=CLUSTER.name)
 
     def make_stacks(self, cluster: str = CLUSTER.name, tags: list[dict[str, str]] = OURS) -> None:
         """What eksctl leaves when only the cluster itself is deleted."""
@@ -634,6 +653,34 @@ class Cloud:
         self.elb.create_load_balancer(
             LoadBalancerName=name, Listeners=[listener], Subnets=[self.subnet], Tags=tags
         )
+
+    def make_target_group(self, name: str, tags: list[dict[str, str]]) -> str:
+        """Make the part of a load balancer that knows the nodes; return its ARN."""
+        vpc = self.aws.client("ec2").describe_vpcs()["Vpcs"][0]["VpcId"]
+        answer = self.elbv2.create_target_group(
+            Name=name, Protocol="TCP", Port=80, VpcId=vpc, Tags=tags
+        )
+        return str(answer["TargetGroups"][0]["TargetGroupArn"])
+
+    def make(self, kind: str, tags: list[dict[str, str]]) -> str:
+        """Make something of EC2's, and return its id."""
+        ec2 = self.aws.client("ec2")
+        tagged = {"TagSpecifications": [{"ResourceType": kind, "Tags": tags}]}
+        if kind == "instance":
+            image = ec2.describe_images()["Images"][0]["ImageId"]
+            answer = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, **tagged)
+            return str(answer["Instances"][0]["InstanceId"])
+        if kind == "volume":
+            zone = f"{CLUSTER.region}a"
+            return str(ec2.create_volume(AvailabilityZone=zone, Size=1, **tagged)["VolumeId"])
+        if kind == "network-interface":
+            answer = ec2.create_network_interface(SubnetId=self.subnet, **tagged)
+            return str(answer["NetworkInterface"]["NetworkInterfaceId"])
+        if kind == "security-group":
+            answer = ec2.create_security_group(GroupName="x", Description="x", **tagged)
+            return str(answer["GroupId"])
+        assert kind == "vpc"
+        return str(ec2.create_vpc(CidrBlock="10.0.0.0/16", **tagged)["Vpc"]["VpcId"])
 
     def make_foreign(self) -> None:
         """Names like ours, without the tag, or of another cluster."""
@@ -787,7 +834,7 @@ def test_teardown_deletes_everything_in_order_and_nothing_else(
     places = [output.index(words) for words in [*order, "repository", "0 left with the tag"]]
     assert places == sorted(places)
     assert not list(aws.folder.rglob("kubeconfig"))
-    assert aws.run("teardown", *QUICK).endswith(f"0 left with the tag project={CLUSTER.project}\n")
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
 
 
 def test_a_load_balancer_that_does_not_vanish_keeps_the_cluster(
@@ -868,16 +915,132 @@ def test_a_dry_run_of_teardown_lists_all_and_deletes_nothing(aws: Aws, cloud: Cl
         assert name in output
 
 
-def test_what_is_left_is_named(aws: Aws, cloud: Cloud) -> None:
-    ec2 = aws.client("ec2")
-    kind = [{"ResourceType": "instance", "Tags": OURS}]
-    image = ec2.describe_images()["Images"][0]["ImageId"]
-    instance = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, TagSpecifications=kind)
-    name = instance["Instances"][0]["InstanceId"]
+def test_a_target_group_whose_load_balancer_is_gone_is_deleted(aws: Aws, cloud: Cloud) -> None:
+    theirs = cloud.make_target_group("theirs", [{"Key": "project", "Value": "x"}])
+    ours = cloud.make_target_group("ours", OURS)
+    assert f"would delete {ours}\n1 in all" in aws.run("teardown", "--dry-run")
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+    left = cloud.elbv2.describe_target_groups()["TargetGroups"]
+    assert [each["TargetGroupArn"] for each in left] == [theirs]
+
+
+def test_a_target_group_goes_after_its_load_balancer(aws: Aws, cloud: Cloud) -> None:
+    cloud.make_load_balancer("ours", OURS)
+    target = cloud.make_target_group("ours", OURS)
+    (balancer,) = cloud.elbv2.describe_load_balancers()["LoadBalancers"]
+    cloud.elbv2.create_listener(
+        LoadBalancerArn=balancer["LoadBalancerArn"],
+        **{"Protocol": "TCP", "Port": 80},
+        DefaultActions=[{"Type": "forward", "TargetGroupArn": target}],
+    )
+    output = aws.run("teardown", *QUICK)
+    assert output.index("load balancers gone") < output.index(f"{target} deleted")
+    assert cloud.elbv2.describe_target_groups()["TargetGroups"] == []
+
+
+@pytest.mark.parametrize("kind", ["instance", "volume", "network-interface", "security-group"])
+def test_what_a_dry_run_would_delete_is_deleted(aws: Aws, cloud: Cloud, kind: str) -> None:
+    """Although no load balancer, cluster, stack or repository takes it along."""
+    name = cloud.make(kind, OURS)
+    assert re.search(f"would delete arn:.*:{kind}/{name}\n", aws.run("teardown", "--dry-run"))
+    output = aws.run("teardown", *QUICK)
+    assert f"{kind}/{name} deleted" in output and output.endswith(NOTHING)
+
+
+def test_what_is_part_of_another_cluster_stays(aws: Aws, cloud: Cloud) -> None:
+    """Although it has the tag: a second cluster of the same project, under another name."""
+    other = {"Key": "kubernetes.io/cluster/other", "Value": "owned"}
+    of_eksctl = {"Key": "alpha.eksctl.io/cluster-name", "Value": "other"}
+    instance, volume = cloud.make("instance", [*OURS, other]), cloud.make("volume", [*OURS, other])
+    names = [instance, volume, cloud.make("security-group", [*OURS, of_eksctl])]
+    dry = aws.run("teardown", "--dry-run")
     output = aws.run("teardown", "--poll", "0.1", "--timeout", "1", status=1)
-    assert f"instance/{name}\n1 left with the tag" in output
-    ec2.terminate_instances(InstanceIds=[name])
-    assert "0 left with the tag" in aws.run("teardown", *QUICK)
+    for name in names:
+        assert re.search(f"would leave arn:.*/{name}: delete it by hand\n", dry)
+        assert f"/{name}\n" in output and f"{name} deleted" not in output
+
+
+def test_a_launch_template_is_deleted_and_stays_deleted(aws: Aws) -> None:
+    """AWS's list by tag goes on naming it for a while."""
+    ec2 = aws.client("ec2")
+    made = ec2.create_launch_template(LaunchTemplateName="x", LaunchTemplateData={})
+    name = made["LaunchTemplate"]["LaunchTemplateId"]
+    arn = f"arn:aws:ec2:{CLUSTER.region}:{ACCOUNT}:launch-template/{name}"
+    mapping = {"ResourceARN": arn, "Tags": OURS}
+    aws.replies["GetResources"] = {"PaginationToken": "", "ResourceTagMappingList": [mapping]}
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+    assert ec2.describe_launch_templates()["LaunchTemplates"] == []
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+
+
+def test_what_cannot_be_deleted_is_named_with_the_cause(aws: Aws, cloud: Cloud) -> None:
+    network, volume = cloud.make("vpc", OURS), cloud.make("volume", OURS)
+    output = aws.run("teardown", "--dry-run")
+    prefix = f"arn:aws:ec2:{CLUSTER.region}:{ACCOUNT}"
+    assert f"would leave {prefix}:vpc/{network}: delete it by hand\n" in output
+    aws.errors["DeleteVolume"] = (400, "VolumeInUse")
+    output = aws.run("teardown", "--poll", "0.1", "--timeout", "1", status=1)
+    assert f"{prefix}:volume/{volume}: AWS answers DeleteVolume with VolumeInUse" in output
+    assert f"{prefix}:vpc/{network}\n2 left with the tag" in output
+    aws.errors.clear()
+    aws.client("ec2").delete_vpc(VpcId=network)
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+
+
+def test_what_bears_the_name_without_the_tag_is_named_and_kept(aws: Aws, cloud: Cloud) -> None:
+    """Nothing of it costs nothing, and a tag that somebody else may have set is no proof."""
+    kinds = ("volume", "network-interface", "security-group")
+    names = [cloud.make(kind, [OF_CLUSTER]) for kind in kinds]
+    network = {"Key": "cluster.k8s.amazonaws.com/name", "Value": CLUSTER.name}
+    names.append(cloud.make("network-interface", [network]))
+    names.append(cloud.make_target_group("named", [OF_CLUSTER]))
+    cloud.make_load_balancer("named", [OF_CLUSTER])
+    cloud.make("network-interface", [{**network, "Value": "other"}])
+    logs = aws.client("logs")
+    for name in (CLUSTER.name, f"{CLUSTER.name}-2"):
+        logs.create_log_group(logGroupName=f"/aws/eks/{name}/cluster")
+    names += ["/named/", f"log group /aws/eks/{CLUSTER.name}/cluster\n"]
+    before = cloud.state()
+    output = aws.run("teardown", *QUICK, status=1)
+    assert all(re.search(f"without the tag: .*{re.escape(name)}", output) for name in names)
+    assert (
+        "0 left with the tag" in output and f"{len(names)} things without that tag bear" in output
+    )
+    assert cloud.state() == before
+
+    cloud.make_cluster()
+    output = aws.run("teardown", "--dry-run")  # which lists what the cluster will not take along
+    assert f"without the tag: {names[0]}\n" in output and "2 things without" in output
+    cloud.delete_cluster()
+    cloud.make_cluster(tags={"project": "something-else"})
+    assert "0 things without" in aws.run("teardown", "--dry-run"), "they may be that cluster's"
+
+
+def test_the_policy_allows_what_publish_and_teardown_do(aws: Aws, cloud: Cloud) -> None:
+    """Action by action, whatever the resource; for EKS, by the cluster in the path."""
+    cloud.make_cluster()
+    cloud.make_stacks()
+    cloud.make_load_balancer("late", OURS)
+    cloud.make_target_group("ours", OURS)
+    for kind in ("instance", "volume", "network-interface", "security-group"):
+        cloud.make(kind, OURS)
+    aws.run("publish", "--no-push")
+    cloud.delete_cluster()
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+    cloud.make_cluster()
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+    statements = json.loads((ROOT / "eks/iam-policy.json").read_text())["Statement"]
+    wide = [{**each, "Resource": "*", "Condition": {}} for each in statements]
+    policy = IAMPolicy(json.dumps({"Statement": wide}))
+    for action in aws.actions:
+        service, _, operation = action.partition(":")
+        if service == "eks":
+            assert operation.split()[1].startswith(f"/clusters/{CLUSTER.name}"), operation
+        else:
+            action = action.replace("tagging:", "tag:")
+            assert policy.is_action_permitted(action) == PermissionResult.PERMITTED, action
+    assert {"ec2:DeleteVolume", "ecr:CreateRepository", "logs:DescribeLogGroups"} <= aws.actions
+    assert policy.is_action_permitted("ec2:CreateVolume") == PermissionResult.NEUTRAL
 
 
 def test_what_is_gone_is_not_believed_to_be_left(aws: Aws, cloud: Cloud) -> None:
