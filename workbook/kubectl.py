@@ -247,7 +247,9 @@ def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
     for each in chosen:
         kind, name = each["kind"], each["metadata"]["name"]
         known = before.get((kind, name))
-        how = "unchanged" if known == each else "configured" if known else "created"
+        # A budget's selector is always sent: the API has it replaced as a whole, not merged.
+        same = known == each and kind != "PodDisruptionBudget"
+        how = "unchanged" if same else "configured" if known else "created"
         group = each["apiVersion"].rpartition("/")[0]
         print(f"{kind.lower()}{'.' * bool(group)}{group}/{name} {how}")
 
@@ -279,7 +281,8 @@ def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
         pods, revision = rehearsal.pods(name), rehearsal.revision(name)
         new = sum(pod.revision == revision and not pod.ending.is_set() for pod in pods)
         ready, made = sum(pod.ready for pod in pods), age(rehearsal.made["Deployment", name])
-        yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{new}", f"{ready}", made]
+        available = sum(map(rehearsal.is_available, pods))
+        yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{new}", f"{available}", made]
     for name, each in rehearsal.named("Service").items():
         spec, made = each["spec"], age(rehearsal.made["Service", name])
         port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)

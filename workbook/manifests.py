@@ -25,7 +25,7 @@ KNOWN = re.findall(
     volumeMounts mountPath env value valueFrom resourceFieldRef resource secretKeyRef key lifecycle
     preStop sleep seconds startupProbe readinessProbe livenessProbe httpGet path grpc service port
     initialDelaySeconds periodSeconds timeoutSeconds successThreshold failureThreshold clusterIP
-    loadBalancerSourceRanges*""",
+    loadBalancerSourceRanges* minReadySeconds""",
 )
 
 
