@@ -310,11 +310,15 @@ def test_metrics_server_is_pinned_and_patched(tmp_path: Path) -> None:
 def test_the_route_leads_to_the_gateways_service(render: Callable) -> None:
     route = read(KUBE / "httproute/gateway-httproute.yaml")
     assert (route["apiVersion"], route["kind"]) == ("gateway.networking.k8s.io/v1", "HTTPRoute")
+    assert all({"group", "kind"} <= each.keys() for each in route["spec"]["parentRefs"])
     services = of_kind(render("base"), "Service")
     for rule in route["spec"]["rules"]:
         for backend in rule["backendRefs"]:
             known = [port["port"] for port in services[backend["name"]]["spec"]["ports"]]
             assert backend["port"] in known
+            # Without them the API server fills them in, and applying again would be a change.
+            assert {"group", "kind", "weight"} <= backend.keys()
+        assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/"}}]
         longest = sum(
             default(code, name)
             for code, name in (
