@@ -222,6 +222,24 @@ def test_a_rolling_update_loses_no_request(start: Start, ping: Manifests) -> Non
     assert min(ready) >= 2
 
 
+def test_an_old_pod_goes_when_the_new_one_has_been_ready_for_long_enough(
+    start: Start, ping: Manifests
+) -> None:
+    deployment(ping)["minReadySeconds"] = 3600
+    rehearsal = start(ping)
+    eventually(lambda: only_pod(rehearsal).ready, "it is ready")
+    old = only_pod(rehearsal)
+    now = {"annotations": {"kubectl.kubernetes.io/restartedAt": "now"}}
+    rehearsal.change("ping", lambda spec: spec["template"]["metadata"].update(now))
+    eventually(lambda: [pod.ready for pod in rehearsal.pods()] == [True, True], "both are ready")
+    with pytest.raises(TimeoutError):
+        rehearsal.rollout_status("ping", 1)
+    assert old in rehearsal.pods() and not old.ending.is_set()
+    rehearsal.change("ping", lambda spec: spec.update(minReadySeconds=0))
+    rehearsal.rollout_status("ping")
+    assert old.ending.is_set()
+
+
 def test_a_pod_that_ignores_sigterm_is_killed_after_its_grace(
     start: Start, ping: Manifests
 ) -> None:
@@ -408,7 +426,7 @@ def test_what_is_not_rehearsed_is_refused_in_a_sentence(what: str, ping: Manifes
     [
         ("Deployment", "strategy.type", "Recreate"),
         ("Deployment", "strategy.rollingUpdate", {"maxSurge": "50%"}),
-        ("Deployment", "minReadySeconds", 5),
+        ("Deployment", "progressDeadlineSeconds", 5),
         ("Service", "sessionAffinity", "ClientIP"),
     ],
 )
@@ -431,7 +449,7 @@ def test_a_coded_secret_and_a_port_that_is_not_declared_are_refused(ping: Manife
         manifests.refuse_unknown(next(each for each in ping if each["kind"] == "Deployment"))
 
 
-@pytest.mark.parametrize("folder", ["base", "kind", "gpu", "ping", "../eks"])
+@pytest.mark.parametrize("folder", ["base", "single-node", "embedded", "gpu", "ping", "../eks"])
 def test_nothing_of_our_own_manifests_is_refused(folder: str) -> None:
     for each in run_kustomize(KUBE / folder):
         if each["kind"] in ("Deployment", "Service"):

@@ -208,7 +208,9 @@ def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
     for each in chosen:
         kind, name = each["kind"], each["metadata"]["name"]
         known = before.get((kind, name))
-        how = "unchanged" if known == each else "configured" if known else "created"
+        # A budget's selector is always sent: the API has it replaced as a whole, not merged.
+        same = known == each and kind != "PodDisruptionBudget"
+        how = "unchanged" if same else "configured" if known else "created"
         group = each["apiVersion"].rpartition("/")[0]
         print(f"{kind.lower()}{'.' * bool(group)}{group}/{name} {how}")
 
@@ -236,7 +238,9 @@ def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
         for name in rehearsal.named("Deployment"):
             (new, old), made = rehearsal.live_pods(name), age(rehearsal.made["Deployment", name])
             ready = sum(pod.ready for pod in [*new, *old])
-            yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{len(new)}", f"{ready}", made]
+            available = sum(map(rehearsal.is_available, [*new, *old]))
+            wanted = rehearsal.replicas(name)
+            yield [name, f"{ready}/{wanted}", f"{len(new)}", f"{available}", made]
     elif kind == "services":
         for name, each in rehearsal.named("Service").items():
             spec, made = each["spec"], age(rehearsal.made["Service", name])

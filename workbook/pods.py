@@ -49,7 +49,7 @@ class Pod:
         self.name = f"{owner}-{self.revision}-{letters}"
         self.container = container(template)
         self.image: str = self.container["image"]
-        self.state, self.ready, self.restarts = "Pending", False, 0
+        self.state, self.restarts, self.ready_since = "Pending", 0, math.inf
         self.last_exit: int | None = None
         self.born, self.died = time.monotonic(), math.inf
         self.ending, self.gone = threading.Event(), threading.Event()
@@ -63,6 +63,16 @@ class Pod:
         # By type, reason and message: when it was seen first and last, and how often.
         self.events: dict[tuple[str, str, str], tuple[float, float, int]] = {}
         threading.Thread(target=self._keep_alive, name=self.name, daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a Service may send it requests."""
+        return self.ready_since < math.inf
+
+    @ready.setter
+    def ready(self, ready: bool) -> None:
+        if ready != self.ready:
+            self.ready_since = time.monotonic() if ready else math.inf
 
     @property
     def status(self) -> str:

@@ -117,7 +117,7 @@ class Rehearsal:
         while time.monotonic() < deadline:
             with self.lock:
                 wanted, (new, old) = self.replicas(deployment), self.live_pods(deployment)
-            ready = sum(pod.ready for pod in new)
+            ready = sum(map(self.is_available, new))
             if not old and ready == len(new) == wanted:
                 return print(f'deployment "{deployment}" successfully rolled out')
             if len(new) < wanted:
@@ -220,6 +220,11 @@ class Rehearsal:
         pods = [pod for pod in self.pods() if pod.owner in self._templates_behind(service)]
         return [pod for pod in pods if pod.ready and not pod.ending.is_set()]
 
+    def is_available(self, pod: Pod) -> bool:
+        """Say whether a pod has been ready for its Deployment's minReadySeconds."""
+        least = self.object("Deployment", pod.owner)["spec"].get("minReadySeconds", 0)
+        return time.monotonic() - pod.ready_since >= least
+
     def target_port(self, service: str, port: int | str | None = None) -> int | str:
         """Return the port of the pods that a Service's port leads to, by default its first one."""
         for each in self.object("Service", service)["spec"]["ports"]:
@@ -263,10 +268,11 @@ class Rehearsal:
         # The new ones that are too many go, the youngest first, those that are not ready before.
         surplus = sorted(new, key=lambda pod: (pod.ready, -pod.born))[: max(0, len(new) - wanted)]
         # Of the old ones those that serve nobody may go at once, the others only when not missed.
-        spare = max(0, live - least - sum(not pod.ready for pod in new))
+        available = sum(map(self.is_available, new))
+        spare = max(0, live - least - (len(new) - available))
         idle = [pod for pod in old if not pod.ready][:spare]
         serving = [pod for pod in old if pod.ready]
-        unmissed = max(0, len(serving) + sum(pod.ready for pod in new) - least)
+        unmissed = max(0, len(serving) + available - least)
         for pod in [*surplus, *idle, *serving[:unmissed]]:
             pod.ending.set()
 
