@@ -18,7 +18,8 @@ PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 KNOWN = re.findall(
     r"\S+",
     """apiVersion kind metadata* spec stringData* replicas selector* strategy type rollingUpdate
-    maxSurge maxUnavailable minReadySeconds template automountServiceAccountToken dnsConfig* enableServiceLinks
+    maxSurge maxUnavailable minReadySeconds template automountServiceAccountToken dnsConfig*
+    enableServiceLinks
     nodeSelector* securityContext* serviceAccountName terminationGracePeriodSeconds tolerations*
     topologySpreadConstraints* volumes emptyDir* containers name image imagePullPolicy command args
     ports* resources* volumeMounts mountPath env value valueFrom resourceFieldRef resource
