@@ -72,25 +72,25 @@ def infer_all(
     check_method_name: bool = False,
     timeout_ms: int = 0,
 ) -> list[Any]:
-    """Run the signatures that a list of ``InferenceTask`` names, all on the same ``Input``."""
-    _check_tasks(servable, tasks, check_method_name)
+    """Run the signatures that a list of ``InferenceTask`` names, all on the same ``Input``.
+
+    They run together; the results come in the order of the tasks.
+    """
+    aliases = _check_tasks(servable, tasks, check_method_name)
+    examples = serialize(inputs)
+    outputs = servable.predict_together(aliases, {"inputs": examples}, timeout_ms)
     return [
-        infer(
-            servable,
-            task.model_spec.signature_name,
-            METHODS[task.method_name],
-            inputs,
-            check_method_name,
-            timeout_ms,
-        )
-        for task in tasks
+        METHODS[task.method_name].make_result(each, len(examples))
+        for task, each in zip(tasks, outputs, strict=True)
     ]
 
 
-def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> None:
-    """Raise ServingError for a task that is wrong, before any of them runs."""
-    names = set()
-    tensor_names = set()
+def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> dict[str, list[str]]:
+    """Map the signature of each task to the outputs to compute; raise ServingError if it is wrong.
+
+    No task runs before all of them are checked.
+    """
+    aliases: dict[str, list[str]] = {}
     for task in tasks:
         if not task.model_spec.name:
             raise invalid_argument("Found ModelSpec with an empty model name.")
@@ -99,9 +99,8 @@ def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> Non
                 "All ModelSpecs in a MultiInferenceRequest must access the same model name."
             )
         name = task.model_spec.signature_name or DEFAULT_SIGNATURE
-        if name in names:
+        if name in aliases:
             raise invalid_argument(f"Duplicate evaluation of signature: {name}")
-        names.add(name)
         if name not in servable.signatures:
             raise invalid_argument(f"Requested signature not found in model graph: {name}")
         if task.method_name not in METHODS:
@@ -109,11 +108,10 @@ def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> Non
                 grpc.StatusCode.UNIMPLEMENTED,
                 f"Unsupported signature method_name: {task.method_name}",
             )
-        signature = servable.signatures[name]
-        check_signature(signature, METHODS[task.method_name], check_method_name)
-        tensor_names.add(signature.inputs["inputs"].name)
-        if len(tensor_names) > 1:
-            raise invalid_argument("Input tensor must be the same for all Signatures.")
+        aliases[name] = check_signature(
+            servable.signatures[name], METHODS[task.method_name], check_method_name
+        )
+    return aliases
 
 
 def check_signature(signature: Any, method: Method, check_method_name: bool) -> list[str]:
