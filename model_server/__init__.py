@@ -22,8 +22,6 @@ It differs from TensorFlow Serving in these points, most of which report a mista
 
 - the shape of an input that is a placeholder must fit the one that its signature declares, and an
   integer in JSON must fit its dtype;
-- GetModelStatus for a label reports the version that the label points to, as the documentation of
-  the REST API says, and not all versions;
 - HandleReloadConfigRequest answers after the first attempt to load a new model. When that fails, or
   there is nothing to load, the answer gives the reason, and the server goes on trying;
 - a version that could not be loaded is tried again once its files have changed and two looks in a

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # no traceback for a broken request
 
 # A status travels in HTTP/2 headers, for which clients accept 8 KiB unless told otherwise.
-MAX_STATUS_CHARACTERS = 2000
+MAX_STATUS_BYTES = 1024
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
@@ -126,9 +126,17 @@ def _handler(
         except Exception as error:
             log.exception("%s failed", type(request).__name__)
             failure = ServingError(grpc.StatusCode.INTERNAL, repr(error))
-        context.abort(failure.code, failure.message[:MAX_STATUS_CHARACTERS])
+        context.abort(failure.code, _details(failure.message))
 
     return handle
+
+
+def _details(message: str) -> str:
+    """Cut a message where TensorFlow Serving does."""
+    encoded = message.encode("utf-8", "replace")
+    if len(encoded) <= MAX_STATUS_BYTES:
+        return message
+    return encoded[:MAX_STATUS_BYTES].decode("utf-8", "ignore") + "...TRUNCATED"
 
 
 def _milliseconds(seconds: float | None) -> int:

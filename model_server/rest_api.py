@@ -23,7 +23,7 @@ from waitress import wasyncore
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Request, Response
 
-from . import inference, json_tensors, metrics, service
+from . import inference, json_examples, json_tensors, metrics, service
 from .errors import ServingError, invalid_argument
 from .manager import ModelManager
 from .servable import DEFAULT_SIGNATURE
@@ -138,7 +138,7 @@ class RestApi:
             f'"metadata": {{"signature_def": {_message_to_json(signatures)}}}\n}}\n'
         )
 
-    def _post(self, match: re.Match[str], body: bytes) -> str:
+    def _post(self, match: re.Match[str], body: bytes) -> bytes:
         spec = _spec(match)
         document = json_tensors.parse_body(body)
         spec.signature_name = _signature_name(document)
@@ -146,7 +146,7 @@ class RestApi:
             return self._infer(method, spec, document)
         return self._predict(spec, document)
 
-    def _predict(self, spec: Any, document: dict[str, Any]) -> str:
+    def _predict(self, spec: Any, document: dict[str, Any]) -> bytes:
         name = spec.signature_name or DEFAULT_SIGNATURE
         with self.manager.servable(spec) as (_, servable):
             signature = servable.signatures.get(name)
@@ -159,13 +159,15 @@ class RestApi:
                     f"Failed to get input map for signature: {spec.signature_name or 'DEFAULT'}"
                 )
             service.check_method(signature, self.check_method_name)
-            inputs, rows = json_tensors.parse_inputs(document, signature.inputs)
+            inputs, rows = json_tensors.parse_inputs(
+                document, {alias: info.dtype for alias, info in signature.inputs.items()}
+            )
             with metrics.runtime(spec.name, "Predict"):
                 outputs = servable.predict(name, inputs, timeout_ms=self.timeout_ms)
         return json_tensors.format_rows(outputs) if rows else json_tensors.format_columns(outputs)
 
-    def _infer(self, method: inference.Method, spec: Any, document: dict[str, Any]) -> str:
-        request = method.request(model_spec=spec, input=inference.parse_input(document))
+    def _infer(self, method: inference.Method, spec: Any, document: dict[str, Any]) -> bytes:
+        request = method.request(model_spec=spec, input=json_examples.parse_input(document))
         response = service.infer(
             method, self.manager, self.check_method_name, request, self.timeout_ms
         )
@@ -234,7 +236,7 @@ def _signature_name(document: dict[str, Any]) -> str:
             f"JSON Value: {json_tensors.show(name)} not formatted correctly. "
             "'signature_name' key must be a string value."
         )
-    return name
+    return name.encode("utf-8", "replace").decode()  # a protobuf takes no half of a character
 
 
 def _spec(match: re.Match[str]) -> Any:
@@ -268,7 +270,5 @@ def _error(error: ServingError) -> Response:
     return _json(json.dumps({"error": error.message}, indent=4), HTTP_STATUS.get(error.code, 500))
 
 
-def _json(body: str, status: int = 200) -> Response:
-    return Response(
-        body.encode("utf-8", "surrogateescape"), status, content_type="application/json"
-    )
+def _json(body: str | bytes, status: int = 200) -> Response:
+    return Response(body, status, content_type="application/json")

@@ -166,27 +166,30 @@ def test_threads_of_an_operation_follow_the_environment(server: Server) -> None:
 def test_labels_over_grpc(client: Client) -> None:
     assert client.predict("first", label="stable") == (1, 1)
     assert client.predict("first", label="canary") == (3, 3)
-    assert client.states("first", label="stable") == {1: State.AVAILABLE}
+    every_version = dict.fromkeys((1, 2, 3), State.AVAILABLE)
+    assert client.states("first", label="stable") == every_version
+    assert client.states("first", label="fast") == every_version
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
     _fill(request.model_spec, "first", 0, "stable")
     assert client.prediction.GetModelMetadata(request).model_spec.version.value == 1
     for name, label in (("first", "fast"), ("second", "stable"), ("nobody", "stable")):
         unknown = (Code.INVALID_ARGUMENT, f"Unrecognized servable version label: {label}")
         assert refused(partial(client.predict, name, label=label)) == unknown
-        assert refused(partial(client.states, name, label=label)) == unknown
+    missing = (Code.NOT_FOUND, "Could not find any versions of model nobody")
+    assert refused(partial(client.states, "nobody", label="stable")) == missing
 
 
 def test_labels_over_rest(client: Client) -> None:
     path = "first/labels/stable"
     assert client.rest(f"{path}:predict", {"instances": [0.5]}) == (200, {"predictions": [1.5]})
-    status, answer = client.rest(path)
-    assert status == 200
-    assert [each["version"] for each in answer["model_version_status"]] == ["1"]
+    for any_label in (path, "first/labels/fast"):
+        status, answer = client.rest(any_label)
+        assert status == 200
+        assert [each["version"] for each in answer["model_version_status"]] == ["3", "2", "1"]
     status, answer = client.rest(f"{path}/metadata")
     assert (status, answer["model_spec"]["version"]) == (200, "1")
     unknown = (400, {"error": "Unrecognized servable version label: fast"})
     assert client.rest("first/labels/fast:predict", {"instances": [0.5]}) == unknown
-    assert client.rest("first/labels/fast") == unknown
     assert client.rest("first/labels/fast/metadata") == unknown
     assert client.rest("first/labels/:predict", {"instances": [0.5]})[0] == 400
 
