@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import resource
 import socket
 import threading
 import time
@@ -62,6 +63,8 @@ CORS_HEADERS = {
     "Access-Control-Allow-Headers": "Content-Type",
 }
 MAX_BODY_BYTES = 2**31 - 1
+MAX_CONNECTIONS = 1000
+FILES_FOR_OTHERS = 200  # how many files gRPC and models may open, of those that a process may
 MAX_UNPACKED_BYTES = 100 * 2**20  # a body of kilobytes can unpack to gigabytes
 
 
@@ -174,16 +177,39 @@ class RestApi:
         return inference.format_result(method, response.result)
 
 
+class _Server(waitress.server.TcpWSGIServer):
+    """Closes the connection that has been idle longest when there is no room for another.
+
+    Waitress itself would open none until one of them is closed: whoever holds them all shuts out
+    everybody.
+    """
+
+    def readable(self) -> bool:
+        """Say whether to accept a connection; waitress asks before each look at its sockets."""
+        if len(self._map) >= self.adj.connection_limit - 1:
+            idle = [
+                channel
+                for channel in self.active_channels.values()
+                if not (channel.requests or channel.total_outbufs_len or channel.will_close)
+            ]
+            if idle:
+                min(idle, key=lambda channel: channel.last_activity).will_close = True
+        return super().readable()
+
+
 class RestServer:
     """Runs an application on a bound socket, in threads of its own, until it is told to stop."""
 
     def __init__(self, app: Callable, bound_socket: socket.socket, num_threads: int):
-        self._server = waitress.server.create_server(
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._server = _Server(
             app,
-            sockets=[bound_socket],
+            _sock=bound_socket,
+            sockinfo=(bound_socket.family, bound_socket.type, 0, bound_socket.getsockname()),
+            bind_socket=False,
             threads=num_threads,
             ident=None,
-            connection_limit=1000,
+            connection_limit=min(MAX_CONNECTIONS, max(files - FILES_FOR_OTHERS, 64)),
             asyncore_use_poll=True,
             recv_bytes=2**20,
             max_request_body_size=MAX_BODY_BYTES,

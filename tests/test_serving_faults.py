@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -208,6 +209,33 @@ def test_body_that_never_comes_holds_up_nobody(server: Server, client: Client) -
     assert ask(f"{server.http}{path}")[0] == 200
     for connection in waiting:
         connection.close()
+
+
+def test_connections_that_are_only_held_shut_out_nobody(server: Server, client: Client) -> None:
+    port = int(server.http.rpartition(":")[2])
+    path = f"/v1/models/{client.model_name}"
+    with ExitStack() as held:
+
+        def connect() -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            held.callback(connection.close)
+            return connection
+
+        for number in range(1100):
+            connection = connect()
+            if number % 2:  # it has had its answer, and is kept alive
+                connection.request("GET", path)
+                assert connection.getresponse().read()
+            else:  # it has sent half of a request
+                connection.putrequest("POST", f"{path}:predict")
+                connection.putheader("Content-Length", "1000")
+                connection.endheaders(b'{"inputs"')
+        last = connect()
+        last.request("GET", path)
+        assert last.getresponse().status == 200
+        # The newest of them are still there.
+        connection.request("GET", path)
+        assert connection.getresponse().status == 200
 
 
 def test_version_without_read_permission(client: Client, base_path: Path, exported: Path) -> None:
