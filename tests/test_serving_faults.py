@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.basics import eventually, free_port
 from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_up_request
 from helpers.model_server import ask
@@ -261,6 +262,7 @@ def restarted(
     start = partial(
         start_model_server,
         *(base_path, "--grpc_max_threads=1", "--enforce_session_run_timeout"),
+        "--enable_grpc_healthcheck_service",
         model_name=NAME,
         ports=(free_port(), free_port()),
     )
@@ -293,6 +295,25 @@ def test_grpc_max_threads(restarted: Server) -> None:
         assert number(quick.result()) == 1
         eventually(lambda: len(order) == 2, "both are done")
         assert order == ["slow", "quick"], "a second thread has answered"
+
+
+def test_health_and_status_wait_for_no_prediction(restarted: Server) -> None:
+    with Client(restarted, NAME) as client:
+        client.statuses()  # from now on the channel is open, and keeps the order of its calls
+        predict = client.prediction.Predict
+        first = predict.future(client.request("wait", seconds=np.float64(1)))
+        last = predict.future(client.request("wait", seconds=np.float64(3)))
+        assert tf.make_ndarray(first.result().outputs["waited"]) >= 1
+        # Now the only thread for predictions has the other one.
+        health = health_pb2_grpc.HealthStub(client.channel)
+        request = health_pb2.HealthCheckRequest()
+        assert health.Check(request).status == health_pb2.HealthCheckResponse.SERVING
+        watching = health.Watch(request)
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        watching.cancel()
+        assert client.states() == {1: "AVAILABLE"}
+        assert not last.done()
+        last.cancel()
 
 
 def test_requests_are_given_up_at_their_deadline_when_asked_for(restarted: Server) -> None:
