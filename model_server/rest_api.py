@@ -41,6 +41,7 @@ METHODS = {method.api.lower(): method for method in inference.METHODS.values()}
 POST_PATH = re.compile(rf"{_MODEL}:(?P<method>predict|{'|'.join(METHODS)})")
 # The start of a whole URL, which some clients send in place of a path, as they would to a proxy.
 ORIGIN = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)
+WEB_ORIGIN = re.compile(r"https?://")
 
 HTTP_STATUS = {
     grpc.StatusCode.CANCELLED: 499,
@@ -114,7 +115,12 @@ class RestApi:
         if path[:4].lower() != "/v1/":
             message = f"there is nothing at {path}; try /v1/models/NAME"
             raise ServingError(grpc.StatusCode.NOT_FOUND, message)
-        if self.with_cors and request.method == "OPTIONS":
+        if request.method == "OPTIONS":
+            if not WEB_ORIGIN.search(request.headers.get("Origin", "")):
+                raise ServingError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "Origin header is missing in CORS preflight",
+                )
             return _json("")
         if request.method == "POST" and (match := POST_PATH.fullmatch(path)):
             with metrics.request(_decode(match["name"]), match["method"], "REST"):

@@ -258,7 +258,7 @@ class ModelServer:
             self.enforce_session_run_timeout,
         )
         self._grpc_socket.close()
-        self._listen(f"0.0.0.0:{self.port}", credentials)
+        self._listen(f"0.0.0.0:{self.port}", credentials)  # for gRPC, all addresses of IPv6, too
         if self.grpc_socket_path:
             self._listen(f"unix:{self.grpc_socket_path}", credentials)
         self._grpc_server.start()
@@ -328,15 +328,21 @@ class ModelServer:
 
 
 def _reserve(port: int, flag: str) -> socket.socket:
-    """Bind a port on all addresses without listening; port 0 means any free one."""
+    """Bind a port on all addresses of IPv4 and IPv6 without listening; port 0 means any free one.
+
+    Where the system has no IPv6, it is IPv4 alone.
+    """
     with socket.socket() as probe:
         # Some systems let two programs bind the same port on different addresses.
         if port and probe.connect_ex(("127.0.0.1", port)) == 0:
             raise _port_error(port, flag, errno.EADDRINUSE)
-    bound = socket.socket()
+    both = socket.has_dualstack_ipv6()
+    bound = socket.socket(socket.AF_INET6 if both else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind(("0.0.0.0", port))
+        if both:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind(("::" if both else "0.0.0.0", port))
     except OSError as error:
         bound.close()
         raise _port_error(port, flag, error.errno) from error

@@ -5,6 +5,7 @@ import gzip
 import http.client
 import json
 import math
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers.model_server import ask
-from helpers.servers import Server
+from helpers.servers import Addresses, Server
+from helpers.serving import Client
 
 
 def export_shop(path: Path) -> None:
@@ -342,7 +344,7 @@ def test_head_is_not_served(server: Server) -> None:
         urllib.request.urlopen(request)
 
 
-@pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS", "PATCH"])
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH"])
 def test_method_that_is_not_served(server: Server, method: str) -> None:
     url = f"{server.http}/v1/models/shop:predict"
     request = urllib.request.Request(url, b'{"inputs": [[1, 2]]}', method=method)
@@ -352,6 +354,32 @@ def test_method_that_is_not_served(server: Server, method: str) -> None:
         assert error.code == 400
         assert error.headers["Content-Type"] == "application/json"
         assert json.load(error) == {"error": f"Malformed request: {method} /v1/models/shop:predict"}
+
+
+@pytest.mark.parametrize(
+    ("origin", "status", "body"),
+    [
+        ("http://a.page", 200, b""),
+        ("https://a.page", 200, b""),
+        ("null", 400, b'{\n    "error": "Origin header is missing in CORS preflight"\n}'),
+        (None, 400, b'{\n    "error": "Origin header is missing in CORS preflight"\n}'),
+    ],
+)
+def test_options(server: Server, origin: str | None, status: int, body: bytes) -> None:
+    connection = http.client.HTTPConnection(server.http.removeprefix("http://"), timeout=30)
+    headers = {} if origin is None else {"Origin": origin}
+    connection.request("OPTIONS", "/v1/models/shop:predict", headers=headers)
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (status, body)
+    connection.close()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
+def test_ipv6(server: Server) -> None:
+    rest, grpc_port = (each.rpartition(":")[2] for each in (server.http, server.grpc))
+    assert ask(f"http://[::1]:{rest}/v1/models/shop")[0] == 200
+    with Client(Addresses("", f"ipv6:[::1]:{grpc_port}"), "shop") as client:
+        assert client.states() == {3: "AVAILABLE"}
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", "image/png", ""])

@@ -430,7 +430,9 @@ def test_tls_unix_socket_cors_and_session_config(tmp_path: Path, keys: tuple[str
             assert refused(partial(state, channel))[0] == Code.UNAVAILABLE
 
         url = f"{server.http}/v1/models/a%2Fb:predict"
-        preflight = urllib.request.Request(url, method="OPTIONS")
+        preflight = urllib.request.Request(
+            url, headers={"Origin": "https://a.page"}, method="OPTIONS"
+        )
         for question in (preflight, urllib.request.Request(url, b'{"inputs": 5}')):
             with urllib.request.urlopen(question) as response:
                 headers = {
