@@ -32,8 +32,9 @@ It differs from TensorFlow Serving in these points, most of which report a mista
 
 ``server`` starts and stops everything; ``config`` reads which models to serve, ``manager`` knows
 their versions, ``servable`` is one of them; ``service`` answers requests, ``grpc_api`` and
-``rest_api`` carry them; ``inference`` answers for lists of Examples; ``tensors`` and
-``json_tensors`` turn what is on the wire into NumPy arrays and back; ``warmup`` replays stored
-requests, ``batching`` merges those that come together, ``metrics`` counts and times them;
+``rest_api`` carry them; ``inference`` answers for lists of Examples, which ``json_examples`` reads;
+``tensors`` and ``json_tensors`` turn what is on the wire into NumPy arrays and back, and
+``json_workers`` has processes do so where it takes long; ``warmup`` replays stored requests,
+``batching`` merges those that come together, ``metrics`` counts and times them;
 ``text_protos`` reads configuration files.
 """

@@ -19,13 +19,19 @@ from urllib.parse import unquote
 import grpc
 import waitress.server
 from google.protobuf import json_format
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    input_pb2,
+    model_pb2,
+)
 from waitress import wasyncore
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Request, Response
 
-from . import inference, json_examples, json_tensors, metrics, service
+from . import inference, metrics, service
 from .errors import ServingError, invalid_argument
+from .json_workers import JsonWorkers
 from .manager import ModelManager
 from .servable import DEFAULT_SIGNATURE
 
@@ -79,6 +85,7 @@ class RestApi:
     """
 
     manager: ModelManager
+    json: JsonWorkers
     timeout_ms: int = 30_000
     metrics_path: str | None = None
     check_method_name: bool = False
@@ -149,13 +156,17 @@ class RestApi:
 
     def _post(self, match: re.Match[str], body: bytes) -> bytes:
         spec = _spec(match)
-        document = json_tensors.parse_body(body)
-        spec.signature_name = _signature_name(document)
-        if method := METHODS.get(match["method"]):
-            return self._infer(method, spec, document)
-        return self._predict(spec, document)
+        method = METHODS.get(match["method"])
+        with self.json.for_body(body) as call:
+            spec.signature_name = call("parse", body)
+            if method:
+                examples = input_pb2.Input.FromString(call("examples"))
+            else:
+                inputs, rows = call("inputs", self._declared(spec))
+        return self._infer(method, spec, examples) if method else self._predict(spec, inputs, rows)
 
-    def _predict(self, spec: Any, document: dict[str, Any]) -> bytes:
+    def _declared(self, spec: Any) -> dict[str, int]:
+        """Return the ``DataType`` of each input of the signature that predict is to run."""
         name = spec.signature_name or DEFAULT_SIGNATURE
         with self.manager.servable(spec) as (_, servable):
             signature = servable.signatures.get(name)
@@ -168,15 +179,19 @@ class RestApi:
                     f"Failed to get input map for signature: {spec.signature_name or 'DEFAULT'}"
                 )
             service.check_method(signature, self.check_method_name)
-            inputs, rows = json_tensors.parse_inputs(
-                document, {alias: info.dtype for alias, info in signature.inputs.items()}
-            )
-            with metrics.runtime(spec.name, "Predict"):
-                outputs = servable.predict(name, inputs, timeout_ms=self.timeout_ms)
-        return json_tensors.format_rows(outputs) if rows else json_tensors.format_columns(outputs)
+            return {alias: info.dtype for alias, info in signature.inputs.items()}
 
-    def _infer(self, method: inference.Method, spec: Any, document: dict[str, Any]) -> bytes:
-        request = method.request(model_spec=spec, input=json_examples.parse_input(document))
+    def _predict(self, spec: Any, inputs: dict[str, Any], rows: bool) -> bytes:
+        with (
+            self.manager.servable(spec) as (_, servable),
+            metrics.runtime(spec.name, "Predict"),
+        ):
+            outputs = servable.predict(spec.signature_name, inputs, timeout_ms=self.timeout_ms)
+        with self.json.for_outputs(outputs) as call:
+            return call("format_rows" if rows else "format_columns", outputs)
+
+    def _infer(self, method: inference.Method, spec: Any, examples: Any) -> bytes:
+        request = method.request(model_spec=spec, input=examples)
         response = service.infer(
             method, self.manager, self.check_method_name, request, self.timeout_ms
         )
@@ -259,16 +274,6 @@ def _body(request: Request) -> bytes:
     if len(unpacked) > MAX_UNPACKED_BYTES:
         raise invalid_argument(f"the body has more than {MAX_UNPACKED_BYTES} bytes when unpacked")
     return unpacked
-
-
-def _signature_name(document: dict[str, Any]) -> str:
-    name = document.get("signature_name", "")
-    if not isinstance(name, str):
-        raise invalid_argument(
-            f"JSON Value: {json_tensors.show(name)} not formatted correctly. "
-            "'signature_name' key must be a string value."
-        )
-    return name.encode("utf-8", "replace").decode()  # a protobuf takes no half of a character
 
 
 def _spec(match: re.Match[str]) -> Any:

@@ -78,6 +78,7 @@ class ModelServer:
         self._stopping = threading.Event()
         self._grpc_server: Any = None
         self._rest_server: Any = None
+        self._json_workers: Any = None
         # Bound but not listening: while TensorFlow is imported and the model loaded, nobody else
         # can take the ports, and clients find them closed.
         self._grpc_socket = _reserve(self.port, "--port")
@@ -127,6 +128,8 @@ class ModelServer:
             self._manager.stop(0)
         if self._batch_scheduler:
             self._batch_scheduler.close()
+        if self._json_workers:
+            self._json_workers.close()
         self._grpc_socket.close()
         if self._rest_socket:
             self._rest_socket.close()
@@ -285,10 +288,12 @@ class ModelServer:
 
     def _open_rest(self, bound_socket: socket.socket, metrics_path: str | None) -> None:
         """Open the REST API, with the metrics at ``metrics_path`` unless that is None."""
-        from . import rest_api
+        from . import json_workers, rest_api
 
+        self._json_workers = json_workers.JsonWorkers()
         app = rest_api.RestApi(
             self._manager,
+            self._json_workers,
             max(0, self.rest_api_timeout_in_ms),
             metrics_path,
             self.enable_signature_method_name_check,

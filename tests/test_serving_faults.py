@@ -17,6 +17,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -239,6 +240,36 @@ def test_connections_that_are_only_held_shut_out_nobody(server: Server, client: 
         assert connection.getresponse().status == 200
 
 
+def long_body(count: int) -> bytes:
+    """Make a body of many numbers, which a process of its own reads."""
+    return json.dumps({"inputs": [0.5] * count}).encode()
+
+
+def test_long_json_is_read_and_written_by_processes_that_come_and_go(
+    server: Server, client: Client
+) -> None:
+    url = f"{server.http}/v1/models/{client.model_name}:predict"
+    assert ask(url, long_body(50_000)) == (200, {"outputs": [1] * 50_000})
+    assert ask(url, b" " * 10**5 + b"{")[0] == 400
+    assert ask(url.replace(client.model_name, "nobody"), long_body(50_000))[0] == 404
+    (worker,) = psutil.Process(server.process.pid).children()
+    worker.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(ask, url, long_body(50_000))
+        worker.kill()
+    status, answer = lost.result()
+    # Where the process was dead before it was asked, another one has answered.
+    assert status == 200 or (status, answer["error"][:49]) == (
+        503,
+        "the process that reads long JSON has ended; it ma",
+    )
+    assert ask(url, long_body(50_000))[0] == 200
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda count: ask(url, long_body(count)), range(30_000, 30_016)))
+    assert [len(answer["outputs"]) for _, answer in answers] == [*range(30_000, 30_016)]
+    assert 1 <= len(psutil.Process(server.process.pid).children()) <= max(2, os.cpu_count() or 1)
+
+
 def test_version_without_read_permission(client: Client, base_path: Path, exported: Path) -> None:
     shutil.copytree(exported / "2", base_path / "partial")
     (base_path / "partial" / "saved_model.pb").chmod(0)
@@ -272,9 +303,13 @@ def restarted(
     killed.process.wait()
     assert "is open on port" not in killed.log.read_text()
     server = start()
+    assert ask(f"{server.http}/v1/models/{NAME}:predict", long_body(50_000))[0] == 200
+    workers = psutil.Process(server.process.pid).children()
+    assert len(workers) == 1
     assert {file: file.stat().st_mtime_ns for file in base_path.rglob("*")} == files
     yield server
     assert server.stop() == 0
+    assert not psutil.wait_procs(workers, 10)[1], "they have outlived the server"
 
 
 def test_killed_while_it_loads_and_started_again(restarted: Server) -> None:
