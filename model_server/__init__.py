@@ -14,6 +14,10 @@ Flags, status codes, messages and JSON shapes are those of ``tensorflow_model_se
 - warm-up from ``assets.extra``, new versions that take over without a failed request, batching, a
   shutdown that lets requests end.
 
+Models with operations of TensorFlow Text or Decision Forests, which TensorFlow Serving has linked
+in, load where ``tensorflow_text`` or ``tensorflow_decision_forests`` is installed: the package is
+imported when a model needs it.
+
 Not covered: SessionRun, PredictStreamed and the profiler, which answer UNIMPLEMENTED; models for
 other platforms and TensorFlow Lite; base paths that are URIs; ALTS and logging of requests. Flags
 without effect are accepted with a warning.

@@ -122,21 +122,24 @@ class RestApi:
         if path[:4].lower() != "/v1/":
             message = f"there is nothing at {path}; try /v1/models/NAME"
             raise ServingError(grpc.StatusCode.NOT_FOUND, message)
-        if request.method == "OPTIONS":
-            if not WEB_ORIGIN.search(request.headers.get("Origin", "")):
-                raise ServingError(
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                    "Origin header is missing in CORS preflight",
-                )
-            return _json("")
-        if request.method == "POST" and (match := POST_PATH.fullmatch(path)):
-            with metrics.request(_decode(match["name"]), match["method"], "REST"):
+        pattern = {"POST": POST_PATH, "GET": GET_PATH}.get(request.method)
+        match = pattern.fullmatch(path) if pattern else None
+        name = _decode(match["name"]) if match else ""
+        with metrics.request(name, match.groupdict().get("method", "") if match else "", "REST"):
+            if request.method == "OPTIONS":
+                if not WEB_ORIGIN.search(request.headers.get("Origin", "")):
+                    raise ServingError(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        "Origin header is missing in CORS preflight",
+                    )
+                return _json("")
+            if match and request.method == "POST":
                 return _json(self._post(match, _body(request)))
-        if request.method == "GET" and (match := GET_PATH.fullmatch(path)):
-            return _json(self._metadata(match) if match["metadata"] else self._status(match))
-        if request.method == "GET" and path.lower() == "/v1/models":
-            raise invalid_argument("Missing model name in request.")
-        raise invalid_argument(f"Malformed request: {request.method} {path}")
+            if match:
+                return _json(self._metadata(match) if match["metadata"] else self._status(match))
+            if request.method == "GET" and path.lower() == "/v1/models":
+                raise invalid_argument("Missing model name in request.")
+            raise invalid_argument(f"Malformed request: {request.method} {path}")
 
     def _status(self, match: re.Match[str]) -> str:
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=_spec(match))

@@ -1,6 +1,9 @@
 """One loaded version of a model: its signatures, and the session that runs them."""
 
 import functools
+import importlib
+import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +18,11 @@ from . import metrics, tensors
 from .batching import BatchScheduler
 from .errors import ServingError, invalid_argument, status_code
 
-DEFAULT_SIGNATURE = "serving_default"
+log = logging.getLogger(__name__)
 
+DEFAULT_SIGNATURE = "serving_default"
+# Packages whose import registers operations that TensorFlow itself has not.
+OPERATIONS = ("tensorflow_text", "tensorflow_decision_forests")
 
 _with_limits = ThreadPoolExecutor(max_workers=512, thread_name_prefix="run")
 
@@ -38,15 +44,9 @@ class Servable:
         self._scheduler = scheduler
         self._batching = scheduler.parameters_for(path) if scheduler else None
         begin = metrics.now_us()
-        graph = tf.Graph()
-        self._session = tf.compat.v1.Session(graph=graph, config=session_config)
         try:
-            with graph.as_default():
-                meta_graph = tf.compat.v1.saved_model.loader.load(
-                    self._session, list(tags), str(path)
-                )
+            self._session, meta_graph = _load(path, tags, session_config)
         except Exception as error:
-            self._session.close()
             metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "fail")
             raise _load_error(path, error) from error
         metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "success")
@@ -56,7 +56,7 @@ class Servable:
             name: meta_graph_pb2.SignatureDef.FromString(signature.SerializeToString())
             for name, signature in meta_graph.signature_def.items()
         }
-        self._placeholders = _placeholders(graph)
+        self._placeholders = _placeholders(self._session.graph)
         self._callable = functools.lru_cache(maxsize=64)(self._make_callable)
 
     def signature(self, name: str) -> Any:
@@ -157,6 +157,39 @@ class Servable:
         # Unlike session.run and session.make_callable, this goes straight to the C++ session:
         # 0.1 ms less for each request.
         return self._session._make_callable_from_options(options)
+
+
+def _load(path: Path, tags: Iterable[str], session_config: Any) -> tuple[Any, Any]:
+    """Load a meta graph into a session of its own, and return both.
+
+    When an operation is unknown, the packages that TensorFlow Serving has linked in are imported,
+    where they are installed.
+    """
+    for last in (False, True):
+        graph = tf.Graph()
+        session = tf.compat.v1.Session(graph=graph, config=session_config)
+        try:
+            with graph.as_default():
+                loader = tf.compat.v1.saved_model.loader
+                return session, loader.load(session, list(tags), str(path))
+        except Exception as error:
+            session.close()
+            if last or "Op type not registered" not in str(error) or not _import_operations():
+                raise
+    raise AssertionError("the second attempt returns or raises")
+
+
+def _import_operations() -> bool:
+    """Import what is installed of ``OPERATIONS``; say whether any of it is new."""
+    known = sys.modules.keys() & set(OPERATIONS)
+    for package in OPERATIONS:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # such as being built for another version of TensorFlow
+            log.warning("cannot import %s: %s", package, error)
+    return sys.modules.keys() & set(OPERATIONS) != known
 
 
 def _within(

@@ -331,7 +331,10 @@ def test_reload_request(client: Client, models: Path, config_file: Path) -> None
     [
         (None, "No such file or directory"),
         ("model_config_list {\n  config {\n    nam: 'a'\n  }\n}\n", "3:5"),
-        ("model_config_list {\n  config {", "in text format: 2:"),
+        (
+            "model_config_list {\n  config {",
+            "Error parsing text-format tensorflow.serving.ModelServerConfig: 2:",
+        ),
         ("model_config_list { config { name: 'a' base_path: 'b' } }", "absolute path"),
         (
             "model_config_list { config { name: 'a' base_path: '/b' model_platform: 'tensorflow' "
