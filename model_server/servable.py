@@ -1,6 +1,9 @@
 """One loaded version of a model: its signatures, and the session that runs them."""
 
 import functools
+import importlib
+import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +18,11 @@ from . import metrics, tensors
 from .batching import BatchScheduler
 from .errors import ServingError, invalid_argument, status_code
 
-DEFAULT_SIGNATURE = "serving_default"
+log = logging.getLogger(__name__)
 
+DEFAULT_SIGNATURE = "serving_default"
+# Packages whose import registers operations that TensorFlow itself has not.
+OPERATIONS = ("tensorflow_text", "tensorflow_decision_forests")
 
 _with_limits = ThreadPoolExecutor(max_workers=512, thread_name_prefix="run")
 
@@ -38,15 +44,9 @@ class Servable:
         self._scheduler = scheduler
         self._batching = scheduler.parameters_for(path) if scheduler else None
         begin = metrics.now_us()
-        graph = tf.Graph()
-        self._session = tf.compat.v1.Session(graph=graph, config=session_config)
         try:
-            with graph.as_default():
-                meta_graph = tf.compat.v1.saved_model.loader.load(
-                    self._session, list(tags), str(path)
-                )
+            self._session, meta_graph = _load(path, tags, session_config)
         except Exception as error:
-            self._session.close()
             metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "fail")
             raise _load_error(path, error) from error
         metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "success")
@@ -56,7 +56,7 @@ class Servable:
             name: meta_graph_pb2.SignatureDef.FromString(signature.SerializeToString())
             for name, signature in meta_graph.signature_def.items()
         }
-        self._placeholders = _placeholders(graph)
+        self._placeholders = _placeholders(self._session.graph)
         self._callable = functools.lru_cache(maxsize=64)(self._make_callable)
 
     def signature(self, name: str) -> Any:
@@ -82,29 +82,67 @@ class Servable:
         """
         signature = self.signature(signature_name)
         feeds = _feeds(signature, inputs, self._placeholders)
-        outputs = _outputs(signature, output_filter)
-        run = functools.partial(self._run, signature_name or DEFAULT_SIGNATURE, outputs)
-        if self._scheduler and self._batching:
-            key = (self, signature_name or DEFAULT_SIGNATURE, outputs)
-            arrays = self._scheduler.run(key, self._batching, run, feeds, timeout_ms)
-        else:
-            arrays = run(feeds, timeout_ms)
-        return dict(zip(outputs, arrays, strict=True))
+        aliases = _outputs(signature, output_filter)
+        names = _tensor_names(signature.inputs, sorted(signature.inputs))
+        arrays = self._batch(names, _tensor_names(signature.outputs, aliases), feeds, timeout_ms)
+        return dict(zip(aliases, arrays, strict=True))
+
+    def predict_together(
+        self,
+        outputs: Mapping[str, Sequence[str]],
+        inputs: Mapping[str, Any],
+        timeout_ms: int = 0,
+    ) -> list[dict[str, np.ndarray]]:
+        """Run several signatures, each on the same inputs, in one run of the graph.
+
+        ``outputs`` maps the name of each signature to the aliases of its outputs to compute.
+        Raises ServingError for everything that can be wrong.
+        """
+        tensors_fed: dict[str, np.ndarray] = {}
+        fetches: dict[str, None] = {}
+        for name, aliases in outputs.items():
+            signature = self.signature(name)
+            feeds = _feeds(signature, inputs, self._placeholders)
+            names = _tensor_names(signature.inputs, sorted(signature.inputs))
+            tensors_fed |= zip(names, feeds, strict=True)
+            fetches |= dict.fromkeys(_tensor_names(signature.outputs, aliases))
+        arrays = self._batch(
+            tuple(tensors_fed), tuple(fetches), list(tensors_fed.values()), timeout_ms
+        )
+        fetched = dict(zip(fetches, arrays, strict=True))
+        return [
+            {alias: fetched[self.signature(name).outputs[alias].name] for alias in aliases}
+            for name, aliases in outputs.items()
+        ]
 
     def close(self) -> None:
         """Free the session; no request may be running."""
         self._session.close()
 
+    def _batch(
+        self,
+        fed: tuple[str, ...],
+        fetched: tuple[str, ...],
+        feeds: list[np.ndarray],
+        timeout_ms: int,
+    ) -> list[np.ndarray]:
+        """Feed and fetch tensors of the graph by name, together with others who do if batching."""
+        run = functools.partial(self._run, fed, fetched)
+        if self._scheduler and self._batching:
+            key = (self, fed, fetched)
+            return self._scheduler.run(key, self._batching, run, feeds, timeout_ms)
+        return run(feeds, timeout_ms)
+
     def _run(
         self,
-        signature_name: str,
-        outputs: tuple[str, ...],
+        fed: tuple[str, ...],
+        fetched: tuple[str, ...],
         feeds: list[np.ndarray],
         timeout_ms: int,
     ) -> list[np.ndarray]:
         begin = metrics.now_us()
         try:
-            run = self._callable(signature_name, outputs)
+            run = self._callable(fed, fetched)
             arrays = run(*feeds) if not timeout_ms else _within(timeout_ms, run, feeds)
         except tf.errors.OpError as error:
             raise ServingError(status_code(error.error_code), error.message) from error
@@ -113,15 +151,45 @@ class Servable:
         return [np.asarray(a, object if isinstance(a, bytes) else None) for a in arrays]
 
     def _make_callable(
-        self, signature_name: str, outputs: tuple[str, ...]
+        self, fed: tuple[str, ...], fetched: tuple[str, ...]
     ) -> Callable[..., list[np.ndarray]]:
-        signature = self.signatures[signature_name]
-        options = config_pb2.CallableOptions()
-        options.feed.extend(signature.inputs[alias].name for alias in sorted(signature.inputs))
-        options.fetch.extend(signature.outputs[alias].name for alias in outputs)
+        options = config_pb2.CallableOptions(feed=fed, fetch=fetched)
         # Unlike session.run and session.make_callable, this goes straight to the C++ session:
         # 0.1 ms less for each request.
         return self._session._make_callable_from_options(options)
+
+
+def _load(path: Path, tags: Iterable[str], session_config: Any) -> tuple[Any, Any]:
+    """Load a meta graph into a session of its own, and return both.
+
+    When an operation is unknown, the packages that TensorFlow Serving has linked in are imported,
+    where they are installed.
+    """
+    for last in (False, True):
+        graph = tf.Graph()
+        session = tf.compat.v1.Session(graph=graph, config=session_config)
+        try:
+            with graph.as_default():
+                loader = tf.compat.v1.saved_model.loader
+                return session, loader.load(session, list(tags), str(path))
+        except Exception as error:
+            session.close()
+            if last or "Op type not registered" not in str(error) or not _import_operations():
+                raise
+    raise AssertionError("the second attempt returns or raises")
+
+
+def _import_operations() -> bool:
+    """Import what is installed of ``OPERATIONS``; say whether any of it is new."""
+    known = sys.modules.keys() & set(OPERATIONS)
+    for package in OPERATIONS:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # such as being built for another version of TensorFlow
+            log.warning("cannot import %s: %s", package, error)
+    return sys.modules.keys() & set(OPERATIONS) != known
 
 
 def _within(
@@ -158,6 +226,10 @@ def _load_error(path: Path, error: Exception) -> ServingError:
     return ServingError(code or grpc.StatusCode.DATA_LOSS, f"{path}: {error}")
 
 
+def _tensor_names(infos: Mapping[str, Any], aliases: Iterable[str]) -> tuple[str, ...]:
+    return tuple(infos[alias].name for alias in aliases)
+
+
 def _names(aliases: Iterable[str]) -> str:
     return "{" + ",".join(sorted(aliases)) + "}"
 
@@ -178,7 +250,7 @@ def _placeholders(graph: Any) -> frozenset[str]:
 def _feeds(
     signature: Any, inputs: Mapping[str, Any], placeholders: Collection[str]
 ) -> list[np.ndarray]:
-    """Order the inputs as ``_make_callable`` expects them, and check each against its declaration.
+    """Order the inputs by their aliases, and check each against its declaration.
 
     The shape of a placeholder is checked because some of TensorFlow's kernels end the whole process
     when a tensor has not the rank that they were built for.

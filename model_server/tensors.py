@@ -1,7 +1,6 @@
 """TensorProto to NumPy array and back, without a Python loop over the values."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,11 +40,6 @@ def dtype_name(dtype: int) -> str:
     """Name a ``DataType`` as TensorFlow's C++ messages do: ``float``, ``double``, ``uint8``."""
     name = tf.as_dtype(dtype).name
     return _CPP_NAMES.get(name, name)
-
-
-def shape_name(shape: Sequence[int]) -> str:
-    """Write a shape as TensorFlow's C++ messages do: ``[2,3]``."""
-    return "[" + ",".join(map(str, shape)) + "]"
 
 
 def from_proto(proto: Any) -> np.ndarray:
