@@ -5,17 +5,21 @@ import threading
 import time
 import warnings
 from base64 import b64encode
-from contextlib import suppress
 from io import BytesIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.Image import Transpose
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from description import Preprocessor
 from web import IMAGE_MAX_BYTES, IMAGE_MAX_PIXELS, Problem, about_picture
 
 MAX_PARTS, MAX_READS = 500, 500_000
+JPEG_START = b"\xff\xd8"
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 OTHER_FORMATS = {
     "HEIC": rb"....ftyp(hei|mif)",
@@ -25,6 +29,17 @@ OTHER_FORMATS = {
     "PDF": rb"%pdf",
     "SVG": rb".*<svg",
     "HTML": rb".*<html",
+}
+# How a picture is turned upright, by the number that cameras note in its EXIF data.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
 }
 # One picture at a time has its pixels in memory: those of the largest take up to 0.5 GB.
 decoder = threading.Lock()
@@ -43,6 +58,13 @@ class CountingFile(BytesIO):
         return super().read(size)
 
 
+class Jpeg(JpegImageFile):
+    """A JPEG of which Pillow reads no more than the pixels need: the rest may be anything."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """Leave the resolution alone."""
+
+
 def has_many(file: bytes, part: bytes) -> bool:
     """Say whether a part is more than MAX_PARTS times in a file.
 
@@ -59,6 +81,10 @@ def open_picture(file: bytes) -> Image.Image:
 
     Beyond 89 million pixels Pillow warns, and beyond twice as many it refuses: 413 for both.
     """
+    if file.startswith(JPEG_START):
+        return Jpeg(CountingFile(file))
+    if file[4:8] == b"ftyp":  # an AVIF says apart from its EXIF data how it is turned
+        file = re.sub(rb"(infe[\2\3]...(..|....)..)Exif", rb"\1none", file, flags=re.S)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -67,21 +93,37 @@ def open_picture(file: bytes) -> Image.Image:
             raise RequestEntityTooLarge from error
 
 
+def turn(image: Image.Image) -> Image.Image:
+    """Return a picture upright; one whose EXIF data cannot be read stays as it is.
+
+    Unlike Pillow's `exif_transpose`, this only reads the data, which may be anything: to write it
+    again fails for tags of a kind that Pillow does not expect.
+    """
+    if isinstance(image, TiffImageFile):
+        image.load_end = lambda: None  # type: ignore[method-assign]  # it calls `exif_transpose`
+    image.load()  # some formats have their EXIF data behind their pixels
+    try:
+        tags: Any = image.tag_v2 if isinstance(image, TiffImageFile) else image.getexif()
+        method = TURNS.get(tags.get(ORIENTATION))
+    except Exception:
+        return image
+    return image if method is None else image.transpose(method)
+
+
 def decode(
     file: bytes, largest: tuple[int, int], exactly: bool, resampling: Image.Resampling
 ) -> Image.Image:
     """Return what a file shows as RGB, upright, on white and shrunk; raise what Pillow raises."""
     # Some files would take minutes: a JPEG of very many passes over all pixels, or a file of very
     # many small parts that are each unpacked to a megabyte. Real pictures have a few of each.
-    is_jpeg = file.startswith(b"\xff\xd8")
+    is_jpeg = file.startswith(JPEG_START)
     parts = (b"\xff\xda", b"Exif\0\0") if is_jpeg else (b"iCCP", b"Exif\0\0")
     if any(has_many(file, part) for part in parts):
         raise ValueError("too many parts")
     image = open_picture(file)
     if image.width * image.height > IMAGE_MAX_PIXELS:
         raise RequestEntityTooLarge
-    with suppress(SyntaxError, ValueError, TypeError, KeyError):  # EXIF data may be anything
-        ImageOps.exif_transpose(image, in_place=True)
+    image = turn(image)
     deep = image.mode[0] in "IF"  # more than eight bits a value, of which Pillow keeps the lowest
     top = 65535 if image.mode.startswith("I;16") else image.getextrema()[1] if deep else 255
     factor = max(1, image.width / largest[0], image.height / largest[1])
