@@ -99,7 +99,7 @@ def classify(files: list[bytes], deadline: float) -> list[dict]:
 
 def read_files(body: Any) -> list[bytes]:
     """Return the pictures that a request holds, links to or names."""
-    if file := request.files.get("file"):
+    if (file := web.find_upload()) is not None:
         with closing(file):  # a large one has waited in a file
             return [file.read()]
     match body:
@@ -110,7 +110,7 @@ def read_files(body: Any) -> list[bytes]:
         case {"urls": [str(), *_] as several} if len(several) <= web.MAX_LINKS:
             urls = [str(url) for url in several]
         case _:
-            raise Problem(400, "malformed-request", web.USAGE)
+            raise web.malformed(body)
     with web.stage("fetch"):
         return links.fetch_all(urls)
 

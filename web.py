@@ -25,10 +25,11 @@ import prometheus_client as prometheus
 from flask import Blueprint, Flask, Response, current_app, g, render_template, request
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
-from multipart import MultipartError, MultipartParser, ParserLimitReached
+from multipart import MultipartError, MultipartParser, MultipartPart, ParserLimitReached
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
+from werkzeug.http import parse_options_header
 
 from description import ROOT, Description
 
@@ -41,7 +42,11 @@ MAX_IN_FLIGHT = int(env("MAX_IN_FLIGHT", "32"))
 
 MAX_LINKS = 16
 MAX_BATCHES = max(1, MAX_IN_FLIGHT // 4)  # requests with several links: they bring most bytes
-USAGE = f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}} or a form with a file.'
+USAGE = (
+    f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}}, a form with one file, '
+    "or a picture itself as image/jpeg."
+)
+PICTURE_TYPES = ("image/", "application/octet-stream")  # what a picture may call itself
 LINKS_MAX_BYTES = 4 * IMAGE_MAX_BYTES  # of all pictures behind the links of one request
 FORM_MAX_BYTES = IMAGE_MAX_BYTES + 65536  # the picture, and the form around it
 FORM_MEMORY_BYTES = 500_000  # a larger part of a form waits in a file
@@ -147,7 +152,7 @@ def begin() -> None:
     given = request.headers.get("X-Request-ID", "")
     g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
     g.start, g.seconds, g.cause = time.perf_counter(), {}, None
-    if request.mimetype != "multipart/form-data":
+    if not request.mimetype.startswith(("multipart/form-data", *PICTURE_TYPES)):
         request.max_content_length = JSON_MAX_BYTES
 
 
@@ -270,11 +275,42 @@ class Upload(FileStorage):
         self.budget.close()
 
 
+def name_of_file(part: MultipartPart) -> str | None:
+    """Return the name of a form's file, "" where it has none, and None for a field.
+
+    Programs say in several ways that a part is a file. Where nobody has chosen one, a browser sends
+    a file without a name and without content, which is a field here.
+    """
+    name = part.filename or parse_options_header(part.disposition)[1].get("filename", "")
+    marked = part.filename == "" or part.name == "file"
+    if not name and not (part.size and (marked or part.content_type.startswith(PICTURE_TYPES))):
+        return None
+    try:
+        return name.encode("latin-1").decode()
+    except UnicodeError:  # in some code page: the name is only shown
+        return name
+
+
 class FormParser(FormDataParser):
     """Reads forms with `multipart`, in a tenth of the time that Werkzeug's own parser takes."""
 
+    def parse_picture(self, stream):
+        """Return a body that is a picture as if it were the file of a form."""
+        with ExitStack() as stack:
+            stack.callback((budget := UploadBudget(stream)).close)
+            content = stack.enter_context(tempfile.SpooledTemporaryFile(FORM_MEMORY_BYTES))
+            while chunk := budget.read(1 << 16):
+                content.write(chunk)
+            stack.pop_all()  # whoever reads the file closes it
+        content.seek(0)
+        file = Upload(content, "", "file")
+        file.budget = budget
+        return stream, MultiDict(), MultiDict({"file": file})
+
     def parse(self, stream, mimetype, content_length, options=None):
         """Return the stream, the fields and the files; nothing of a form that is malformed."""
+        if mimetype.startswith(PICTURE_TYPES):
+            return self.parse_picture(stream)
         if mimetype != "multipart/form-data":
             return super().parse(stream, mimetype, content_length, options)
         fields: MultiDict[str, str] = MultiDict()
@@ -283,9 +319,10 @@ class FormParser(FormDataParser):
         with ExitStack() as stack:
             stack.callback(budget.close)
             try:
-                for part in MultipartParser(budget, boundary, spool_limit=FORM_MEMORY_BYTES):
-                    if part.filename:
-                        files.add(part.name, file := Upload(part.file, part.filename, part.name))
+                options = {"spool_limit": FORM_MEMORY_BYTES, "charset": "latin-1"}
+                for part in MultipartParser(budget, boundary, **options):
+                    if (name := name_of_file(part)) is not None:
+                        files.add(part.name, file := Upload(part.file, name, part.name))
                         file.budget = budget.split(part.size)
                         stack.callback(file.close)
                     else:
@@ -305,22 +342,52 @@ class Request(flask.Request):
     form_data_parser_class = FormParser
 
 
+def malformed(body: Any = None) -> Problem:
+    """Return the problem (400) of a request without a picture and a link: it says what came."""
+    match body:
+        case {"urls": [_, *_] as links} if len(links) > MAX_LINKS:
+            came = f"There are {len(links)} links in urls."
+        case {"urls": _}:
+            came = "The urls are not a list of links."
+        case {"url": _}:
+            came = "The url is not a text."
+        case {"sample": label}:
+            came = f"There is no sample {label!s:.40}."
+        case {} if not body and request.mimetype == "multipart/form-data":
+            came = "The form is empty, or it ends early, or its boundary is another one."
+        case {}:
+            came = f"Neither a file nor a link came, only: {', '.join(body) or 'nothing':.100}."
+        case _:
+            size, kind = len(request.get_data()), request.mimetype or "no type"
+            came = f"What came ({size:,} bytes of {kind:.60}) is not a JSON object."
+    return Problem(400, "malformed-request", f"{came} {USAGE}")
+
+
+def find_upload() -> FileStorage | None:
+    """Return the file of a form, whatever its field's name; raise Problem (400) for several."""
+    files = request.files.getlist("file") or [*request.files.values()]
+    if len(files) > 1:
+        came = f"The form has {len(files)} files, and one at a time can be answered."
+        raise Problem(400, "malformed-request", f"{came} {USAGE}")
+    return files[0] if files else None
+
+
 def read_body() -> dict:
     """Return the fields of a form, or the object that JSON holds; raise Problem (400), or 413.
 
     A body in chunks tells its length only as it is read. One that is longer than allowed looks
     like one that ends early, so JSON is read to its end, where the 413 shows.
     """
-    if request.mimetype == "multipart/form-data":
+    if request.mimetype.startswith(("multipart/form-data", *PICTURE_TYPES)):
         return request.form.to_dict()
     try:
-        body = request.get_json(force=True)
+        body = request.get_json(force=True)  # curl calls it a form
     except (BadRequest, RecursionError):  # the second from brackets in brackets in brackets ...
-        body = None
+        body = request.form.to_dict() if {"url", "sample"} & request.form.keys() else None
     finally:
         request.stream.read(1)
     if not isinstance(body, dict):
-        raise Problem(400, "malformed-request", USAGE)
+        raise malformed(body)
     return body
 
 

@@ -313,8 +313,8 @@ def test_chunks_that_are_none(gateway, chunks, path, kind):
 
 def test_too_many_links_and_a_form_without_a_file(gateway, pictures):
     assert_problem(link(gateway, *[f"http://{pictures}/"] * 17), 400, "malformed-request")
-    response = requests.post(f"{gateway.http}/predict", files={"picture": PICTURE}, timeout=30)
-    assert_problem(response, 400, "malformed-request")
+    response = requests.post(f"{gateway.http}/predict", files={"note": (None, "hi")}, timeout=30)
+    assert "only: note" in assert_problem(response, 400, "malformed-request")["detail"]
 
 
 def post_form(gateway, parts: dict[bytes, bytes], boundary: str = "b", end: bytes = b"--b--"):
@@ -337,10 +337,65 @@ def post_form(gateway, parts: dict[bytes, bytes], boundary: str = "b", end: byte
         {b'filename="a.png"; name="file"\r\nContent-Type: image/png': PICTURE},
         {b'name="other"': b"\xff" * 999, b'name="file"; filename="a.png"': PICTURE},
         {b'name="file"; filename=""': b"", b'name="sample"': b"dress"},
+        {b'name="file"; filename=""': PICTURE},
+        {b'name="file"': PICTURE},
+        {b'name="file"\r\nContent-Type: image/png': PICTURE},
+        {b"name=\"file\"; filename*=UTF-8''%e8%a1%a3.jpg\r\nContent-Type: image/jpeg": PICTURE},
+        {b'name="file"; filename*0="h\xc3\xbc"; filename*1="he.jpg"': PICTURE},
+        {b'name="file"; filename="h\xf6he.jpg"': PICTURE},
+        {b'name="file"; filename="\x95\\.jpg"': PICTURE},
+        {b'name="image"; filename="a.png"': PICTURE, b'name="preview"': b"yes"},
+        {b'name="picture"\r\nContent-Type: image/png': PICTURE},
+        {b'filename="a.png"': PICTURE},
+        {b'name="image"; filename="a.png"': b"no picture", b'name="file"; filename="b"': PICTURE},
     ],
 )
 def test_forms(gateway, parts):
     assert post_form(gateway, parts).json()["top_class"] in CLASSES
+
+
+@pytest.mark.parametrize("kind", ["image/png", "image/jpeg", "IMAGE/x", "application/octet-stream"])
+def test_a_picture_alone(gateway, kind):
+    """It may come without a form around it, and its exact type does not matter."""
+    url, headers = f"{gateway.http}/predict", {"Content-Type": kind}
+    expected = facts(send(gateway, PICTURE))
+    for data in (PICTURE, iter([PICTURE[:50], PICTURE[50:]])):
+        assert facts(requests.post(url, data, headers=headers, timeout=30)) == expected
+    for data in (bytes(20_000_000), iter([bytes(65_536)] * 20)):
+        response = requests.post(url, data, headers=headers, timeout=30)
+        assert_problem(response, 413, "request-entity-too-large")
+    for data in (b"", b"no picture"):
+        response = requests.post(url, data, headers=headers, timeout=30)
+        assert_problem(response, 415, "not-a-picture")
+
+
+def test_a_link_in_a_urlencoded_form(gateway, pictures):
+    for body in ({"url": f"http://{pictures}/picture.png"}, {"sample": "dress", "preview": "yes"}):
+        response = requests.post(f"{gateway.http}/predict", data=body, timeout=30)
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": b""}, "0 bytes of no type"),
+        ({"data": PICTURE}, f"{len(PICTURE)} bytes of no type) is not a JSON object"),
+        ({"data": '{"url": nonsense}'}, "is not a JSON object"),
+        ({"data": {"link": "x"}}, "6 bytes of application/x-www-form-urlencoded"),
+        ({"json": {}}, "only: nothing"),
+        ({"json": {"link": "x", "size": 5}}, "only: link, size"),
+        ({"json": {"url": 5}}, "The url is not a text"),
+        ({"json": {"urls": "x"}}, "The urls are not a list of links"),
+        ({"json": {"urls": ["x"] * 17}}, "There are 17 links in urls"),
+        ({"json": {"sample": "ocelot"}}, "There is no sample ocelot"),
+        ({"files": {"one": PICTURE, "two": PICTURE}}, "The form has 2 files"),
+        ({"files": [("file", PICTURE), ("file", PICTURE)]}, "The form has 2 files"),
+    ],
+)
+def test_the_problem_says_what_came_and_what_is_wanted(gateway, options, said):
+    response = requests.post(f"{gateway.http}/predict", timeout=30, **options)
+    detail = assert_problem(response, 400, "malformed-request")["detail"]
+    assert said in detail and detail.endswith("or a picture itself as image/jpeg.")
 
 
 @pytest.mark.parametrize(
@@ -749,6 +804,15 @@ def test_a_form_takes_room_until_its_files_are_closed(body, files):
     assert len(sizes) == files and UploadBudget.left == before - sum(sizes)
     for file in kept * 2:
         file.close()
+    assert UploadBudget.left == before
+
+
+def test_a_picture_alone_takes_room_until_it_is_closed():
+    before = UploadBudget.left
+    *_, found = FormParser().parse(io.BytesIO(bytes(700_000)), "image/png", 700_000, {})
+    assert UploadBudget.left == before - 700_000
+    assert found["file"].read() == bytes(700_000)
+    found["file"].close()
     assert UploadBudget.left == before
 
 
