@@ -79,6 +79,8 @@ SECONDS = prometheus.Histogram("gateway_seconds", "Time taken", ["stage"], regis
 MODEL_VERSION = prometheus.Gauge("gateway_model_version", "Version of the model", registry=registry)
 
 
+File = bytes | HTTPException  # what should be a picture, or the problem of getting it
+
 # --- Problems ------------------------------------------------------------------------------------
 
 
@@ -90,22 +92,10 @@ class Problem(HTTPException):
         self.code, self.cause = status, cause
 
 
-@contextmanager
-def about_picture(number: int, count: int) -> Iterator[None]:
-    """Have an error inside this block say which of several pictures it is about."""
-    try:
-        yield
-    except HTTPException as error:
-        if count > 1:
-            error.add_note(f"Picture {number} of {count}")
-        raise
-
-
 def explain(error: HTTPException) -> str:
     """Return the sentence for people: what is wrong, and what to do about it."""
     sentences = {413: TOO_BIG, 429: f"More requests than {RATE_LIMIT}; wait a little."}
-    sentence = sentences.get(error.code or 0, error.description)
-    return ": ".join([*getattr(error, "__notes__", []), str(sentence)])
+    return str(sentences.get(error.code or 0, error.description))
 
 
 def problem_of(error: grpc.RpcError) -> Problem:
@@ -122,13 +112,24 @@ def problem_of(error: grpc.RpcError) -> Problem:
     return Problem(503, "model-unavailable", sentence)
 
 
-@blueprint.app_errorhandler(HTTPException)
-def answer_problem(error: HTTPException) -> Response:
-    """Answer with a problem (RFC 9457), be it ours, Flask's own or a mistake in the code (500)."""
+def describe_problem(error: HTTPException) -> dict:
+    """Count an error, and return its problem (RFC 9457)."""
     g.cause = getattr(error, "cause", error.name.lower().replace(" ", "-"))
     PROBLEMS.labels(g.cause).inc()
     kind, title = f"tag:clothing-gateway,2026:{g.cause}", g.cause.replace("-", " ").capitalize()
-    body = {"type": kind, "title": title, "status": error.code, "detail": explain(error)}
+    return {"type": kind, "title": title, "status": error.code, "detail": explain(error)}
+
+
+def fill_in(answers: list[dict], files: list[File]) -> list[dict]:
+    """Return an answer for each file that holds a picture, and for each other one its problem."""
+    left = iter(answers)
+    return [next(left) if isinstance(file, bytes) else describe_problem(file) for file in files]
+
+
+@blueprint.app_errorhandler(HTTPException)
+def answer_problem(error: HTTPException) -> Response:
+    """Answer with a problem, be it ours, Flask's own or a mistake in the code (500)."""
+    body = describe_problem(error)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "2"}}.get(error.code or 0)
     response = Response(json.dumps(body), error.code, headers, "application/problem+json")
     response.allow.update(getattr(error, "valid_methods", None) or [])

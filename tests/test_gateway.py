@@ -59,12 +59,32 @@ class PictureHost(WebHost):
         except OSError:
             pass
 
+    def send_raw_location(self, location: bytes) -> None:
+        self.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n")
+
     def do_GET(self):
         self.visits.append(self.path)
         page, _, argument = self.path.strip("/").partition("/")
         match page:
             case "picture.png":
                 self.answer(200, PICTURE)
+            case "broken-gzip":
+                self.answer(200, b"no gzip", Content_Encoding="gzip")
+            case "cut":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + PICTURE)
+            case "says" if argument == "nothing":
+                pass
+            case "says":
+                self.wfile.write(unquote(argument).encode())
+            case "status":
+                self.answer(int(argument), PICTURE)
+            case "hints":
+                self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+                self.answer(200, PICTURE)
+            case "h%C3%BChe" | "h%FChe":
+                self.answer(200, PICTURE)
+            case "picky" if "contact@a.example" in self.headers["User-Agent"]:
+                self.answer(200 if "image/" in self.headers.get("Accept", "") else 406, PICTURE)
             case "gzip":
                 self.answer(200, gzip.compress(PICTURE), Content_Encoding="gzip")
             case "chunked":
@@ -78,6 +98,10 @@ class PictureHost(WebHost):
                 self.answer(302, b"", Location="/picture.png")
             case "redirect":
                 self.answer(302, b"", Location=f"/redirect/{int(argument) - 1}")
+            case "elsewhere-utf8":
+                self.send_raw_location("/hühe".encode())
+            case "elsewhere-latin1":
+                self.send_raw_location("/hühe".encode("latin-1"))
             case "elsewhere":
                 self.answer(301, b"", Location=unquote(argument))
             case "large":
@@ -130,6 +154,7 @@ def gateway(start_gateway, model_server, pictures, closed) -> Server:
         IMAGE_MAX_BYTES=str(MAX_BYTES),
         IMAGE_MAX_PIXELS="1000000",
         IMAGE_TIMEOUT_SECONDS="1",
+        IMAGE_CONTACT="contact@a.example",
     )
 
 
@@ -138,8 +163,9 @@ def send(gateway: Server, picture: bytes, **options) -> requests.Response:
     return requests.post(f"{gateway.http}/predict", files=files, timeout=30, **options)
 
 
-def link(gateway: Server, *urls: str, **options) -> requests.Response:
+def link(gateway: Server, *urls: str, preview=False, **options) -> requests.Response:
     body = {"url": urls[0]} if len(urls) == 1 else {"urls": urls}
+    body["preview"] = preview
     return requests.post(f"{gateway.http}/predict", json=body, timeout=30, **options)
 
 
@@ -210,11 +236,18 @@ def test_urls(gateway, pictures):
         ("missing", 502, "link-failed"),
     ],
 )
-def test_of_several_pictures_the_problem_names_one(gateway, pictures, page, status, cause):
-    links = [f"http://{pictures}/{each}" for each in ("picture.png", "picture.png", page)]
-    detail = assert_problem(link(gateway, *links), status, cause)["detail"]
-    alone = assert_problem(link(gateway, links[-1]), status, cause)["detail"]
-    assert detail == f"Picture 3 of 3: {alone}"
+def test_of_several_pictures_each_is_answered_on_its_own(gateway, pictures, page, status, cause):
+    """A problem stands in its picture's place; where there are only problems, it is the first."""
+    good, bad = f"http://{pictures}/picture.png", f"http://{pictures}/{page}"
+    problem = assert_problem(link(gateway, bad), status, cause)
+    first, second, third = link(gateway, good, bad, good, preview=True).json()
+    assert second.pop("seconds") and second == problem
+    expected = link(gateway, good).json()["predictions"]
+    for answer in (first, third):
+        assert answer["predictions"] == pytest.approx(expected, abs=1e-6)
+        assert answer["preview"].startswith("data:image/")
+    only_bad = link(gateway, bad, f"http://{pictures}/other-problem")
+    assert assert_problem(only_bad, status, cause) == problem
 
 
 @pytest.mark.parametrize("length", [65_536, 70_000, 200_000])
@@ -282,8 +315,8 @@ def test_formats(gateway, kind, mode):
     ids=["empty", "SVG", "half a PNG", "half a JPEG", "PPM", "ICO"],
 )
 def test_not_a_picture(gateway, content):
-    problem = assert_problem(send(gateway, content), 415, "not-a-picture")
-    assert "PNG" in problem["detail"]
+    detail = assert_problem(send(gateway, content), 415, "not-a-picture")["detail"]
+    assert "PNG" in detail or "damaged or incomplete" in detail or "empty" in detail
 
 
 @pytest.mark.parametrize(
@@ -489,22 +522,54 @@ def test_redirects(gateway, pictures):
     assert PictureHost.visits == [f"/redirect/{n}" for n in (3, 2, 1, 0)]
 
 
+def test_what_browsers_follow_is_followed(gateway, pictures):
+    expected = facts(send(gateway, PICTURE))
+    for spaces in ("%s\n", "  %s", "\t%s\r\n", "\u00a0%s "):
+        assert facts(link(gateway, spaces % f"http://{pictures}/picture.png")) == expected
+    for page in ("elsewhere-utf8", "elsewhere-latin1", "hints", "status/203", "picky"):
+        assert facts(link(gateway, f"http://{pictures}/{page}")) == expected, page
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("broken-gzip", "not packed as it says"),
+        ("cut", "hung up before its answer was whole"),
+        ("says/nothing", "hung up without an answer"),
+        ("says/nonsense", "The host's answer is not HTTP"),
+        *((f"status/{code}", "save the picture, and send the file") for code in (403, 406, 429)),
+        ("status/404", "The picture's host answered 404"),
+        ("page", "This is a web page"),
+    ],
+)
+def test_what_hosts_do_is_told(gateway, pictures, page, said):
+    assert said in link(gateway, f"http://{pictures}/{page}").json()["detail"]
+
+
 def test_hosts_that_fail(gateway, pictures, closed):
     problem = assert_problem(link(gateway, f"http://{pictures}/nothing"), 502, "link-failed")
     assert "404" in problem["detail"]
-    assert_problem(link(gateway, f"http://{closed}/"), 502, "link-failed")
+    problem = assert_problem(link(gateway, f"http://{closed}/"), 502, "link-failed")
+    assert "The host does not answer" in problem["detail"]
     assert_problem(link(gateway, f"http://{pictures}/page"), 415, "not-a-picture")
 
 
-def test_one_bad_link_among_good_ones_is_named(gateway, pictures):
-    good, bad = f"http://{pictures}/picture.png", f"http://localhost:{pictures[-1]}/"
-    problem = assert_problem(link(gateway, good, bad, good), 400, "link-blocked")
-    assert "port" in problem["detail"]
-    problem = assert_problem(link(gateway, good, "http://10.1.2.3/"), 400, "link-blocked")
-    assert "http://10.1.2.3/" in problem["detail"]
+def test_bad_links_among_good_ones_are_named(gateway, pictures):
+    good, port = f"http://{pictures}/picture.png", f"http://localhost:{pictures[-1]}/"
     gone, slow = f"http://{pictures}/gone", f"http://{pictures}/silent"
-    assert gone in assert_problem(link(gateway, good, gone), 502, "link-failed")["detail"]
-    assert slow in assert_problem(link(gateway, good, slow), 504, "link-timeout")["detail"]
+    bad = {
+        "http://10.1.2.3/": "400 link-blocked",
+        port: "400 link-blocked",
+        gone: "502 link-failed",
+        slow: "504 link-timeout",
+        "nonsense": "400 link-malformed",
+    }
+    first, *problems, last = link(gateway, good, *bad, good).json()
+    assert first["top_class"] == last["top_class"]
+    for (url, told), problem in zip(bad.items(), problems, strict=True):
+        assert f"{problem['status']} {problem['type'].rpartition(':')[2]}" == told
+        assert url in problem["detail"]
+    assert "port" in problems[1]["detail"]
 
 
 @pytest.mark.parametrize("page", ["slow-body", "slow-header", "silent"])

@@ -65,21 +65,30 @@ def png(image: Image.Image = SHOES, *chunks: bytes) -> bytes:
     return plain[:33] + b"".join(chunks) + plain[33:]
 
 
-def grey16_png() -> bytes:
+def grey16_png(grey: Image.Image = GREY, *between: bytes) -> bytes:
     """Sixteen bits a pixel, big-endian, as scanners and microscopes write them."""
-    rows = (np.asarray(GREY, np.uint16) * 257).astype(">u2")
+    rows = (np.asarray(grey, np.uint16) * 257).astype(">u2")
     lines = b"".join(b"\0" + row.tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", *GREY.size, 16, 0, 0, 0, 0)
-    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(lines))
+    chunks = png_chunk(b"IHDR", header) + b"".join(between)
+    chunks += png_chunk(b"IDAT", zlib.compress(lines))
     return b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND")
 
 
-def rgb16_png(alpha: bool = False) -> bytes:
-    image = cut_out() if alpha else SHOES
-    rows = (np.asarray(image, np.uint16) * 257).astype(">u2")
+def on_black(colour: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+    """The picture with another colour, by default black, in the place of white."""
+    pixels = np.array(cut_out())
+    pixels[pixels[..., 3] == 0] = (*colour, 0)
+    return Image.fromarray(pixels[..., :3])
+
+
+def rgb16_png(alpha: bool = False, image: Image.Image = SHOES, *between: bytes) -> bytes:
+    image = cut_out() if alpha else image
+    rows = (np.asarray(image, np.uint16) * 256).astype(">u2")
     lines = b"".join(b"\0" + row.tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", *image.size, 16, 6 if alpha else 2, 0, 0, 0)
-    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(lines))
+    chunks = png_chunk(b"IHDR", header) + b"".join(between)
+    chunks += png_chunk(b"IDAT", zlib.compress(lines))
     return b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND")
 
 
@@ -164,6 +173,14 @@ CLASSIFIED |= {
     "PNG L with a transparent level": lambda: png(GREY, png_chunk(b"tRNS", bytes(2))),
     **{f"PNG P of {n} bits": partial(encode, SHOES.quantize(2**n), "PNG", bits=n) for n in (2, 4)},
     "PNG L of 16 bits": grey16_png,
+    "PNG L of 16 bits with a transparent level": lambda: grey16_png(
+        on_black().convert("L"), png_chunk(b"tRNS", bytes(2))
+    ),
+    "PNG RGB of 16 bits with a transparent colour": lambda: rgb16_png(
+        False,
+        on_black((18, 52, 86)),
+        png_chunk(b"tRNS", struct.pack(">3H", 18 << 8, 52 << 8, 86 << 8)),
+    ),
     "PNG L of 16 bits, Pillow's": lambda: grey_scaled("PNG", np.uint16, 65535),
     "PNG RGB of 16 bits": rgb16_png,
     "PNG RGBA of 16 bits": lambda: rgb16_png(alpha=True),
@@ -542,6 +559,13 @@ REFUSED |= {
         "JSON": b'{"url": "http://127.0.0.1/"}',
         "MP4": bytes(3) + b"\x18ftypmp42" + bytes(99),
         "HEIC": bytes(3) + b"\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+        **{
+            f"HEIC of brand {brand}": bytes(3) + b"\x18ftyp" + brand.encode() + bytes(99)
+            for brand in ("heix", "hevc", "hevx", "heim", "msf1", "mif2", "miaf")
+        },
+        "HTML without its tag": b"\n<!-- " + b"hello " * 99 + b"--><!DOCTYPE HTML>\n<title>404",
+        "HTML, a part of it": b"<div><svg></svg></div>",
+        "comments, very many": b"<!---->" * 9999,
         "HEIC as HEIF": bytes(3) + b"\x18ftypmif1\0\0\0\0mif1heic" + bytes(99),
         "JPEG XL": b"\xff\x0a" + bytes(99),
         "JPEG XL in a container": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99),
@@ -617,7 +641,13 @@ def send(gateway: Server, content: bytes, name: str = "picture.jpg", **fields: s
         cause = {413: "request-entity-too-large", 415: "not-a-picture"}[response.status_code]
         assert answer["type"].endswith(f":{cause}")
         if response.status_code == 415:
-            assert all(kind in answer["detail"] for kind in FORMATS)
+            known = (
+                "empty",
+                "(HTML)",
+                *(f"{kind} file is damaged or incomplete" for kind in FORMATS),
+            )
+            says = (word in answer["detail"] for word in known)
+            assert any(says) or all(kind in answer["detail"] for kind in FORMATS)
     return {"status": response.status_code, **answer}
 
 
@@ -649,6 +679,15 @@ def test_refused(gateway, name):
     for kind in NAMED:
         if name.startswith(kind):
             assert kind in answer["detail"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_whose_end_is_missing(gateway, kind):
+    """It is read as far as it goes, or the sentence says what is wrong with it."""
+    for left in (0.999, 0.5, 0.1):
+        answer = send(gateway, WHOLE[kind][: int(len(WHOLE[kind]) * left)])
+        if answer["status"] != 200:
+            assert f"This {kind} file is damaged or incomplete" in answer["detail"]
 
 
 @pytest.mark.parametrize("name", EITHER)
