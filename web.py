@@ -407,6 +407,8 @@ def answer_page(answer: Callable[[dict], list[dict]], model: Description, **page
         except (HTTPException, grpc.RpcError) as error:
             problem = problem_of(error) if isinstance(error, grpc.RpcError) else error
             page["problem"], response = explain(problem), answer_problem(problem)
+            # What is wrong with a file stands in its card, all else beside the link's field.
+            page["of_file"] = problem.code in (413, 415) and not page["url"]
     response.set_data(render_template("index.html", **page))
     response.mimetype = "text/html"
     return response
