@@ -187,8 +187,13 @@ def expect_picture(page: Page) -> None:
     assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
 
 
-def expect_problem(page: Page, sentence: str | re.Pattern) -> None:
-    expect(page.locator("#problem")).to_have_text(sentence)
+def expect_problem(page: Page, sentence: str | re.Pattern, of_file: bool = False) -> None:
+    """It stands beside the field for links, or beside the file; and no dead bars are shown."""
+    places = {True: page.locator(".card .problem"), False: page.locator("#problem")}
+    expect(places[of_file]).to_have_text(sentence)
+    expect(places[of_file]).to_be_in_viewport(ratio=1)
+    expect(places[not of_file]).to_be_empty()
+    expect(page.locator(".chart")).to_be_hidden()
     expect(page.get_by_role("status")).to_have_text(sentence)
     expect(page.get_by_role("heading", name="No answer for this picture.")).to_be_visible()
 
@@ -441,7 +446,8 @@ def test_errors_of_files_keep_the_picture(visit: Visit, gateway: Server) -> None
     }
     for name, picture in pictures.items():
         page.get_by_label("Choose pictures").set_input_files(upload(name, picture))
-        expect_problem(page, explanation(gateway, files={"file": picture}))
+        expect_problem(page, explanation(gateway, files={"file": picture}), of_file=True)
+        expect(page.get_by_label("Link to a picture")).not_to_have_attribute("aria-invalid", "true")
         expect(page.locator("figcaption")).to_have_text(name)
         if name != "page.png":
             expect_picture(page)
@@ -457,27 +463,28 @@ def test_no_connection_then_try_again(visit: Visit) -> None:
     page.unroute("**/predict")
     page.get_by_role("button", name="Try again").click()
     expect_answer(page, "dress")
-    expect(page.locator("#problem")).to_be_empty()
+    expect(page.locator(".card .problem")).to_be_empty()
+    expect(page.locator(".chart")).to_be_visible()
 
 
 def test_an_answer_that_is_not_the_gateways(visit: Visit) -> None:
     page = visit()
     page.route("**/predict", lambda route: route.fulfill(status=200, body="<h1>Sign in</h1>"))
     page.get_by_label("Choose pictures").set_input_files(DRESS)
-    expect_problem(page, re.compile("^The gateway cannot be reached"))
+    expect_problem(page, re.compile("^The gateway cannot be reached"), of_file=True)
     page.route("**/predict", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
     page.get_by_label("Choose pictures").set_input_files(DRESS)
-    expect_problem(page, "The gateway answers 502; try again later.")
+    expect_problem(page, "The gateway answers 502; try again later.", of_file=True)
 
 
 def test_model_server_gone_and_too_many_requests(visit: Visit, start_gateway) -> None:
     gateway = start_gateway(f"127.0.0.1:{free_port()}", RATE_LIMIT="1 per hour")
     page = visit(gateway.http)
     page.get_by_label("Choose pictures").set_input_files(DRESS)
-    expect_problem(page, re.compile(r"The model server .* Please wait \d+\u00a0s\.$"))
+    expect_problem(page, re.compile(r"The model server .* Please wait \d+\u00a0s\.$"), True)
     expect_picture(page)
     page.get_by_role("button", name="Try again").click()
-    expect_problem(page, re.compile(r"1 per hour.* Please wait 6[01]\u00a0min\.$"))
+    expect_problem(page, re.compile(r"1 per hour.* Please wait 6[01]\u00a0min\.$"), True)
     expect_picture(page)
 
 
@@ -561,7 +568,7 @@ def test_no_key_given(visit: Visit, locked_gateway: Server) -> None:
     page.get_by_role("button", name="hat", exact=True).click()
     expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
-    expect_problem(page, "Without its key, the gateway gives no answer.")
+    expect_problem(page, "Without its key, the gateway gives no answer.", of_file=True)
     page.get_by_label("Choose pictures").set_input_files([DRESS] * 5)
     expect(page.get_by_role("dialog")).to_be_visible()
     page.get_by_role("button", name="Cancel").click()
@@ -878,18 +885,20 @@ def test_without_scripts(visit: Visit, host: str) -> None:
 def test_errors_without_scripts(visit: Visit, options: dict) -> None:
     page = visit(java_script_enabled=False, **options)
 
-    def expect_problem_in_view(sentence: str) -> None:
-        expect(page.locator("#problem")).to_contain_text(sentence)
-        expect(page.locator("#problem")).to_be_in_viewport(ratio=1)
-        expect(page.get_by_label("Link to a picture")).to_be_in_viewport(ratio=1)
+    def expect_problem_in_view(sentence: str, place: str) -> None:
+        expect(page.locator(place)).to_contain_text(sentence)
+        expect(page.locator(place)).to_be_in_viewport(ratio=1)
         expect(page).to_have_title(re.compile("^No answer"))
-        expect(page.get_by_role("heading", level=3)).to_have_text("The answer appears here.")
+        expect(page.get_by_role("heading", level=3)).to_have_text("No answer for this picture.")
+        expect(page.locator(".chart")).to_be_hidden()
 
     send_link(page, "http://localhost/hat.png")
-    expect_problem_in_view("private address")
+    expect_problem_in_view("private address", "#problem")
+    expect(page.get_by_label("Link to a picture")).to_be_in_viewport(ratio=1)
     page.get_by_label("Choose pictures").set_input_files(upload("large.png", bytes(2_000_000)))
     page.get_by_role("button", name="Classify the file").click()
-    expect_problem_in_view("A picture may have 1,000,000 bytes")
+    expect_problem_in_view("A picture may have 1,000,000 bytes", ".card .problem")
+    expect(page.locator("#problem")).to_be_empty()
 
 
 def test_the_key_without_scripts(visit: Visit, locked_gateway: Server) -> None:
