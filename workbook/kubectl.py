@@ -21,6 +21,17 @@ from workbook.rehearsal import Rehearsal
 
 COMPONENT = "app.kubernetes.io/component"
 WELL = 100  # so many answers in a row
+# What kubectl warns of, whatever else it says.
+FORCED = (
+    "Warning: Immediate deletion does not wait for confirmation that the running resource has been"
+    " terminated. The resource may continue to run on the cluster indefinitely."
+)
+UNDONE = (
+    "Warning: resource deployments/{} was previously managed with 'kubectl apply'. Rolling back"
+    " will not update the kubectl.kubernetes.io/last-applied-configuration annotation, which may"
+    " cause unexpected behavior on future 'kubectl apply' operations. Consider using"
+    " 'kubectl apply' with your previous configuration file instead."
+)
 # What `get` shows: what stands before a name among other kinds, and the columns.
 KINDS = {
     "pods": ("pod", "NAME READY STATUS RESTARTS AGE"),
@@ -164,6 +175,7 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
             print(f'pod "{name}" deleted from {rehearsal.namespace} namespace')
         case ["delete", "pod", name, "--force", "--grace-period", "0"]:
             rehearsal.delete_pod(name, grace=0)
+            print(FORCED)
             print(f'pod "{name}" force deleted from {rehearsal.namespace} namespace')
         case ["scale", "deployment", name, "--replicas", number]:
             rehearsal.change(name, lambda spec: spec.update(replicas=int(number)))
@@ -175,6 +187,7 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
         case ["rollout", "undo", "deployment", name]:
             rehearsal.object("Deployment", name)  # or it is not found
             before = rehearsal.revisions[name][-2:-1]
+            print(UNDONE.format(name))
             if not before:
                 raise ValueError(f'no rollout history found for deployment "{name}"')
             rehearsal.change(name, lambda spec: spec.update(template=before[0]))
@@ -271,6 +284,7 @@ def describe(pod: Pod, namespace: str) -> None:
     seen = sorted(pod.events.copy().items(), key=lambda event: event[1][1])
     for (kind, reason, message), (first, last, count) in seen:
         when = age(last) if count == 1 else f"{age(last)} (x{count} over {age(first)})"
+        message = f"spec.containers{{{pod.container['name']}}}: {message}"
         events.append([kind, reason, when, "kubelet", message])
     print(f"Name:             {pod.name}\nNamespace:        {namespace}\nContainers:")
     print(f"  {pod.container['name']}:")

@@ -191,7 +191,10 @@ def check_http(action: Manifest, address: str, timeout: float) -> str | None:
             connection.request("GET", path, headers={"User-Agent": "kube-probe/rehearsal"})
             status = connection.getresponse().status
         except (OSError, http.client.HTTPException) as error:
-            return f'Get "http://{address}{path}": {getattr(error, "strerror", None) or error}'
+            reason = getattr(error, "strerror", None) or error
+            if isinstance(error, ConnectionRefusedError):
+                reason = f"dial tcp {address}: connect: connection refused"
+            return f'Get "http://{address}{path}": {reason}'
     return None if 200 <= status < 400 else f"HTTP probe failed with statuscode: {status}"
 
 
