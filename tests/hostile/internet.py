@@ -213,7 +213,12 @@ GZIP = head("Content-Encoding: gzip")
 CHUNKED = head("Transfer-Encoding: chunked")
 EMPTY_BLOCK = b"\0\0\0\xff\xff"  # deflate: nothing, and not the last
 GZIP_START = bytes.fromhex("1f8b0800000000000003")
-BOMB = gzip.compress(bytes(100_000_000))
+
+
+@cache
+def bomb() -> bytes:
+    return gzip.compress(bytes(100_000_000))
+
 
 ANSWERS = {
     "picture.png": lambda _: whole(picture),
