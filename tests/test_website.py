@@ -119,7 +119,9 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         if not found and not os.path.exists(playwright.chromium.executable_path):
             pytest.skip(f"no browser: neither {', '.join(names)} nor Playwright's own")
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
