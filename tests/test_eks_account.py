@@ -12,26 +12,33 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import boto3
 import pytest
 import requests
 import yaml
+from botocore.loaders import create_loader
 from helpers.basics import ROOT, eventually, free_port
 from moto.iam.access_control import IAMPolicy, PermissionResult
 from moto.server import ThreadedMotoServer
 from test_eks import kustomize, named
 
-from eks.account import Cluster
+from eks import publish, teardown
+from eks.account import Cluster, reported
 
+PROGRAMS = {"publish": publish.main, "teardown": teardown.main}
 CLUSTER = Cluster.read()
 ACCOUNT = "123456789012"  # moto's
 IMAGES = ["clothing-gateway:001", "clothing-model:001"]
@@ -84,20 +91,48 @@ class Aws:
         make: Any = boto3.client
         return make(name, region_name=CLUSTER.region, endpoint_url=self.moto, **keys)
 
-    def start(self, program: str, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
-        own = {key: value for key, value in {**self.env, **env}.items() if value is not None}
+    def command(self, program: str, *arguments: str) -> list[str]:
         if program == "publish":
             arguments = ("--overlay", str(self.folder / "overlay"), *arguments)
-        command = [sys.executable, "-m", f"eks.{program}", *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=ROOT, text=True, env=own, **pipes)  # type: ignore[call-overload]
+        return [f"eks.{program}", *arguments]
+
+    def environment(self, **env: str | None) -> dict[str, str]:
+        return {key: value for key, value in {**self.env, **env}.items() if value is not None}
+
+    def start(self, program: str, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
+        """Start a program in a process of its own, as a reader does."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *self.command(program, *arguments)],
+            cwd=ROOT,
+            text=True,
+            env=self.environment(**env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(self, program: str, *arguments: str, status: int = 0, **env: str | None) -> str:
-        """Run a program, and return what it prints: its output, or the error it must end with."""
-        process = self.start(program, *arguments, **env)
+        """Run a program, and return what it prints: its output, or the error it must end with.
+
+        It runs in this process, which has boto3 loaded, with the program's own environment.
+        """
+        with (
+            patch.dict(os.environ, self.environment(**env), clear=True),
+            patch.object(sys, "argv", self.command(program, *arguments)),
+            patch.object(tempfile, "tempdir", None),  # where TMPDIR says, which is read once
+            redirect_stdout(StringIO()) as output,
+            redirect_stderr(StringIO()) as error,
+        ):
+            ended = reported(PROGRAMS[program])
+        return self.check(output.getvalue(), error.getvalue(), ended, status)
+
+    def finish(self, process: subprocess.Popen[str], status: int = 0) -> str:
+        """Wait for a program that was started, and return what `run` returns."""
         output, error = process.communicate(timeout=240)
+        return self.check(output, error, process.returncode, status)
+
+    def check(self, output: str, error: str, ended: int, status: int) -> str:
         print(output, error)
-        assert process.returncode == status
+        assert ended == status
         assert "Traceback" not in error and SECRET not in output + error
         assert f"{ACCOUNT}-auth-token" not in output + error
         return output if status == 0 or not error else error
@@ -114,6 +149,13 @@ def moto() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_loader() -> Iterator[None]:
+    """What botocore knows of AWS's services is read once, not by every session anew."""
+    with patch("botocore.session.create_loader", cache(create_loader)):
+        yield
 
 
 @pytest.fixture
@@ -178,7 +220,8 @@ def aws(moto: str, tmp_path: Path) -> Iterator[Aws]:
 
 
 def test_publish_makes_repositories_and_an_overlay_that_renders(aws: Aws) -> None:
-    output = aws.run("publish", "--no-push", "--allow", "203.0.113.7/32", "--account", ACCOUNT)
+    options = ["--no-push", "--allow", "203.0.113.7/32", "--account", ACCOUNT]
+    output = aws.finish(aws.start("publish", *options))
     assert "admit 203.0.113.7/32" in output
     ecr = aws.client("ecr")
     found = aws.repositories()
@@ -824,7 +867,7 @@ def test_teardown_deletes_everything_in_order_and_nothing_else(
         vanish()
 
     kubernetes.on_delete = threading.Thread(target=late, daemon=True).start
-    output = aws.run("teardown", *QUICK)
+    output = aws.finish(aws.start("teardown", *QUICK))
     assert kubernetes.deleted == ["/api/v1/namespaces/clothes/services/gateway"]
     assert kubernetes.tokens == {"Bearer token-of-the-cluster"}
     # While the load balancer was still there, so was the cluster whose controller deletes it.

@@ -119,7 +119,9 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         if not found and not os.path.exists(playwright.chromium.executable_path):
             pytest.skip(f"no browser: neither {', '.join(names)} nor Playwright's own")
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
@@ -792,16 +794,15 @@ def expect_chart(page: Page, ranked: list[tuple[str, float]]) -> None:
     together = f"{100 * sum(value for _, value in left):.1f}\u00a0%"
     expect(others).to_have_text([f"and {len(left)} others, together {together}"] if left else [])
 
-    outer = page.locator(".chart").bounding_box()
-    assert outer
+    (outer,) = boxes_of(page, ".chart")
     for part in (".name", ".bar", ".value"):
-        boxes = [box for each in rows.locator(part).all() if (box := each.bounding_box())]
+        boxes = boxes_of(page, f".chart li:not(.others) {part}")
         assert len(boxes) == len(shown)
         assert all(box["x"] >= outer["x"] for box in boxes)
         assert all(box["x"] + box["width"] <= outer["x"] + outer["width"] + 1 for box in boxes)
         ends = [box["y"] + box["height"] for box in boxes]
         assert all(box["y"] >= end for box, end in zip(boxes[1:], ends, strict=False))
-    boxes = [box for row in page.locator(".chart li").all() if (box := row.bounding_box())]
+    boxes = boxes_of(page, ".chart li")
     gaps = [lower["y"] - upper["y"] - upper["height"] for upper, lower in itertools.pairwise(boxes)]
     assert gaps == pytest.approx([gaps[0]] * len(gaps), abs=1)
     assert 0 <= gaps[0] < boxes[0]["height"], "rows belong together"
@@ -809,25 +810,44 @@ def expect_chart(page: Page, ranked: list[tuple[str, float]]) -> None:
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
+def boxes_of(page: Page, selector: str) -> list[dict[str, float]]:
+    """Where the elements are that take any room, all of them in one look at the page."""
+    boxes = page.locator(selector).evaluate_all(
+        """all => all.map((e) => e.getBoundingClientRect().toJSON())"""
+    )
+    return [box for box in boxes if box["width"] and box["height"]]
+
+
+def widen(page: Page, width: int, scripts: bool) -> None:
+    """Change the window's width, when nothing has moved before; what moves now may do so."""
+    if scripts:
+        assert page.evaluate(PAINTED) == []
+    page.set_viewport_size({"width": width, "height": 800})
+    if scripts:
+        page.evaluate(PAINTED)
+        page.evaluate("shifts.length = 0")
+
+
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "plain"])
-@pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("count", [2, 5, 10, 11, 12, 100])
-def test_any_number_of_classes(show: Callable, count: int, width: int, scripts: bool) -> None:
-    options = {"viewport": {"width": width, "height": 800}, "java_script_enabled": scripts}
+def test_any_number_of_classes(show: Callable, count: int, scripts: bool) -> None:
+    options = {"viewport": {"width": 360, "height": 800}, "java_script_enabled": scripts}
     classifier, page = show(classes_of(count), options)
     heading = page.get_by_role("heading", level=3)
-    press(page, "lily of the valley")
-    expect(heading).to_have_text("lily of the valley, 70\u00a0%")
-    expect(page.locator("figcaption")).to_have_text("A sample: lily of the valley")
-    expect_picture(page)
-    expect_chart(page, classifier.rank("lily of the valley"))
+    for width in (360, 1280):
+        widen(page, width, scripts)
+        press(page, "lily of the valley")
+        expect(heading).to_have_text("lily of the valley, 70\u00a0%")
+        expect(page.locator("figcaption")).to_have_text("A sample: lily of the valley")
+        expect_picture(page)
+        expect_chart(page, classifier.rank("lily of the valley"))
 
-    press(page, "fire red")
-    ranked = classifier.rank("fire red")
-    second, next_best = ranked[1]
-    sentence = f"Perhaps fire red (55\u00a0%) or {second} ({100 * next_best:.0f}\u00a0%)"
-    expect(heading).to_have_text(sentence)
-    expect_chart(page, ranked)
+        press(page, "fire red")
+        ranked = classifier.rank("fire red")
+        second, next_best = ranked[1]
+        sentence = f"Perhaps fire red (55\u00a0%) or {second} ({100 * next_best:.0f}\u00a0%)"
+        expect(heading).to_have_text(sentence)
+        expect_chart(page, ranked)
 
 
 @pytest.mark.parametrize("options", [{}, PHONE], ids=["desk", "phone"])
