@@ -53,8 +53,8 @@ def get_signature() -> Signature:
     return signature
 
 
-def prepare(files: list[bytes], signature: Signature, deadline: float) -> np.ndarray:
-    """Return pictures as the model takes them, [number, height, width, 3]."""
+def prepare(files: list[web.File], signature: Signature, deadline: float) -> np.ndarray:
+    """Return the pictures in files as the model takes them, [number, height, width, 3]."""
     preprocessor = MODEL.preprocessor((signature.width, signature.height))
     images = pictures.read_pictures(files, preprocessor, deadline)
     if signature.dtype.kind == "u":  # a model that wants plain pixels scales them itself
@@ -78,8 +78,8 @@ def ask(batch: np.ndarray, signature: Signature, deadline: float) -> tfserving.P
 OUTDATED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 
 
-def classify(files: list[bytes], deadline: float) -> list[dict]:
-    """Return the answer for each picture; ask twice where the model was replaced meanwhile."""
+def classify(files: list[web.File], deadline: float) -> list[dict]:
+    """Return each file's answer, or its problem; ask twice if the model was replaced meanwhile."""
     for attempt in range(2):
         signature = get_signature()
         with web.stage("decode"):
@@ -94,12 +94,13 @@ def classify(files: list[bytes], deadline: float) -> list[dict]:
                 raise
         get_signature.cache_clear()
     rows = tfserving.make_ndarray(pb_response.outputs[signature.output_name])
-    return [describe(row, pb_response.model_spec) for row in rows.tolist()]
+    answers = [describe(row, pb_response.model_spec) for row in rows.tolist()]
+    return web.fill_in(answers, files)
 
 
-def read_files(body: Any) -> list[bytes]:
+def read_files(body: Any) -> list[web.File]:
     """Return the pictures that a request holds, links to or names."""
-    if file := request.files.get("file"):
+    if (file := web.find_upload()) is not None:
         with closing(file):  # a large one has waited in a file
             return [file.read()]
     match body:
@@ -110,7 +111,7 @@ def read_files(body: Any) -> list[bytes]:
         case {"urls": [str(), *_] as several} if len(several) <= web.MAX_LINKS:
             urls = [str(url) for url in several]
         case _:
-            raise Problem(400, "malformed-request", web.USAGE)
+            raise web.malformed(body)
     with web.stage("fetch"):
         return links.fetch_all(urls)
 

@@ -6,28 +6,61 @@ import os
 import re
 import socket
 import ssl
+import string
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address, ip_network
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 import urllib3
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from requests_hardened import ip_filter
 from requests_hardened.ip_filter_adapter import IPFilterAdapter
-from werkzeug.exceptions import RequestEntityTooLarge
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    DecodeError,
+    IncompleteRead,
+    NameResolutionError,
+    NewConnectionError,
+)
+from urllib3.util.ssl_match_hostname import CertificateError
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from web import IMAGE_MAX_BYTES, LINKS_MAX_BYTES, MAX_BATCHES, MAX_LINKS, Problem, about_picture
+from web import IMAGE_MAX_BYTES, LINKS_MAX_BYTES, MAX_BATCHES, MAX_LINKS, File, Problem
 
 env = os.environ.get
 IMAGE_TIMEOUT_SECONDS = float(env("IMAGE_TIMEOUT_SECONDS", "5"))
+IMAGE_CONTACT = env("IMAGE_CONTACT", "")
 ALLOWED_IMAGE_HOSTS = set(env("ALLOWED_IMAGE_HOSTS", "").lower().replace(",", " ").split())
 
 MAX_REDIRECTS, MAX_HEAD_BYTES = 3, 65536
+# Hosts refuse programs that do not say who they are and what they read.
+HEADERS = {
+    "User-Agent": "clothing-gateway/1.0" + (f" ({IMAGE_CONTACT})" if IMAGE_CONTACT else ""),
+    "Accept": "image/webp,image/jpeg,image/png,image/*;q=0.9,*/*;q=0.5",
+}
+UNFRIENDLY = (401, 403, 406, 429, 503)  # what hosts answer to programs, though not to people
+# What hosts do instead of sending a picture; the first that fits is told.
+FAILURES: list[tuple[Any, str]] = [
+    ((socket.gaierror, NameResolutionError), "No such host was found"),
+    (
+        (ssl.SSLCertVerificationError, CertificateError),
+        "The host's certificate is not its own, or is out of date",
+    ),
+    ((ssl.SSLError, urllib3.exceptions.SSLError), "The host does not speak https"),
+    ((NewConnectionError, ConnectTimeoutError), "The host does not answer"),
+    (DecodeError, "The host's answer is not packed as it says"),
+    (http.client.RemoteDisconnected, "The host hung up without an answer"),
+    (
+        (IncompleteRead, http.client.IncompleteRead, ConnectionResetError),
+        "The host hung up before its answer was whole",
+    ),
+    (http.client.HTTPException, "The host's answer is not HTTP"),
+]
 IDLE_SECONDS, MAX_IDLE = 1.0, 16  # how long connections are kept, and how many to an address
 # What is elsewhere than in 2000::/3, where all public IPv6 addresses are, may be IPv4 in disguise.
 # The IPv4 address answers in Azure's virtual machines, and looks like a public one.
@@ -83,6 +116,11 @@ class TLSDeadlineSocket(DeadlineSocket, ssl.SSLSocket):
 
 class BoundedResponse(http.client.HTTPResponse):
     """A host's answer whose headers are short: in memory they take six times their bytes."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """Read the first line; what is said before the answer itself is passed over, as 100 is."""
+        version, status, reason = super()._read_status()  # type: ignore[misc]
+        return version, 100 if 101 < status < 200 else status, reason
 
     def begin(self) -> None:
         """Read status and headers, of MAX_HEAD_BYTES at most."""
@@ -181,7 +219,7 @@ get_adapter = functools.cache(GuardedAdapter)
 
 def open_link(url: str) -> requests.Response:
     """Connect, unless the address is private, and return the host's answer, its body unread."""
-    prepared = requests.Request("GET", url, {"User-Agent": "clothing-gateway"}).prepare()
+    prepared = requests.Request("GET", url, HEADERS).prepare()
     parts = urlsplit(prepared.url or "")
     host, is_https = parts.hostname or "", parts.scheme == "https"
     port = (443 if is_https else 80) if parts.port is None else parts.port
@@ -200,8 +238,10 @@ def open_link(url: str) -> requests.Response:
 
 def read_body(response: requests.Response, budget: Budget) -> bytes:
     """Return the unpacked body, counting its bytes as they pass."""
-    if response.status_code != 200:
-        sentence = f"The picture's host answered {response.status_code}: {response.url:.200}"
+    if (code := response.status_code) not in (200, 203):
+        sentence = f"The picture's host answered {code}: {response.url:.200}"
+        if code in UNFRIENDLY:
+            sentence += " Perhaps it refuses programs: save the picture, and send the file."
         raise Problem(502, "link-failed", sentence)
     body = bytearray()
     while chunk := response.raw.read(1 << 18, decode_content=True):
@@ -212,15 +252,42 @@ def read_body(response: requests.Response, budget: Budget) -> bytes:
     return bytes(body)
 
 
+def location_of(response: requests.Response) -> str:
+    """Return where a redirect leads; hosts write other letters as UTF-8, or in a code page."""
+    location = response.headers["Location"].strip().encode("latin-1")
+    try:
+        return location.decode()
+    except UnicodeDecodeError:
+        return quote(location, safe=string.printable)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Go through an error and those that led to it; libraries keep these in several places."""
+    while error:
+        yield error
+        inner = [each for each in error.args if isinstance(each, Exception)]
+        error = getattr(error, "reason", None) or (inner[-1] if inner else error.__cause__)
+
+
+def explain(error: Exception) -> str:
+    """Say what a host has done."""
+    errors = [each for each in chain(error) if isinstance(each, Exception)]
+    for kinds, sentence in FAILURES:
+        if any(isinstance(each, kinds) for each in errors):
+            return sentence
+    return "The host's answer cannot be read"
+
+
 def fetch(url: str, budget: Budget) -> bytes:
     """Return what a link and its redirects lead to, or raise Problem."""
-    start, thread.budget = url, budget
+    start = url = url.strip()  # as browsers do
+    thread.budget = budget
     try:
         for _ in range(1 + MAX_REDIRECTS):
             with open_link(url) as response:
                 if not response.is_redirect:
                     return read_body(response, budget)
-                url = urljoin(url, response.headers["Location"])
+                url = urljoin(url, location_of(response))
     except ip_filter.InvalidIPAddress as error:
         sentence = "A link must not lead to a private address"
         raise Problem(400, "link-blocked", f"{sentence}: {url:.200}") from error
@@ -232,23 +299,23 @@ def fetch(url: str, budget: Budget) -> bytes:
     except (TimeoutError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
         if time.monotonic() > budget.deadline:
             raise Problem(504, "link-timeout", f"The host is too slow: {url:.200}") from error
-        raise Problem(502, "link-failed", f"The host does not answer: {url:.200}") from error
+        raise Problem(502, "link-failed", f"{explain(error)}: {url:.200}") from error
     raise Problem(502, "link-failed", f"More than {MAX_REDIRECTS} redirects: {start:.200}")
 
 
-def fetch_all(urls: list[str]) -> list[bytes]:
-    """Return what the links lead to, all fetched at once, within IMAGE_TIMEOUT_SECONDS."""
+def fetch_all(urls: list[str]) -> list[File]:
+    """Return what each link leads to, or its problem; raise the problem of a single one.
+
+    All are fetched at once, within IMAGE_TIMEOUT_SECONDS.
+    """
     budget = Budget(IMAGE_TIMEOUT_SECONDS)
     if len(urls) == 1:  # to wake another thread would cost as much as to fetch
         return [fetch(urls[0], budget)]
 
-    def fetch_one(number: int, url: str) -> bytes:
-        with about_picture(number, len(urls)):
+    def fetch_one(url: str) -> File:
+        try:
             return fetch(url, budget)
+        except HTTPException as error:
+            return error
 
-    jobs = [fetch_pool.submit(fetch_one, number, url) for number, url in enumerate(urls, 1)]
-    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-    if failed := [job for job in done if job.exception()]:
-        budget.deadline = 0  # for the others
-        wait(jobs)
-    return [job.result() for job in failed or jobs]
+    return [*fetch_pool.map(fetch_one, urls)]

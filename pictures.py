@@ -5,26 +5,54 @@ import threading
 import time
 import warnings
 from base64 import b64encode
-from contextlib import suppress
 from io import BytesIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
-from werkzeug.exceptions import RequestEntityTooLarge
+from PIL import Image
+from PIL.Image import Transpose
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from description import Preprocessor
-from web import IMAGE_MAX_BYTES, IMAGE_MAX_PIXELS, Problem, about_picture
+from web import IMAGE_MAX_BYTES, IMAGE_MAX_PIXELS, File, Problem
 
 MAX_PARTS, MAX_READS = 500, 500_000
+JPEG_START = b"\xff\xd8"
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# How files begin, in small letters: those that should be readable, and others that have a name.
+STARTS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89png",
+    "WEBP": rb"riff....webp",
+    "GIF": rb"gif8",
+    "BMP": rb"bm",
+    "TIFF": rb"(ii|mm)(\*\0|\0\*|\+\0|\0\+)",
+    "AVIF": rb"....ftypavi",
+}
+MARKUP = (
+    rb"(?>\xef\xbb\xbf|\s|<\?.*?\?>|<!--.*?-->)*"  # what may stand before a web page's first tag
+)
 OTHER_FORMATS = {
-    "HEIC": rb"....ftyp(hei|mif)",
+    "HEIC": rb"....ftyp(he[iv]|mi[af]|msf)",
     "JPEG XL": rb"\xff\x0a|....jxl ",
     "ICO": rb"\x00\x00\x01\x00",
     "PSD": rb"8bps",
     "PDF": rb"%pdf",
+    "HTML": MARKUP + rb"<(!doctype html|html|head|body|title|meta|script|style|link|div|p|h1|a)\b",
     "SVG": rb".*<svg",
-    "HTML": rb".*<html",
+}
+# How a picture is turned upright, by the number that cameras note in its EXIF data.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
 }
 # One picture at a time has its pixels in memory: those of the largest take up to 0.5 GB.
 decoder = threading.Lock()
@@ -43,6 +71,13 @@ class CountingFile(BytesIO):
         return super().read(size)
 
 
+class Jpeg(JpegImageFile):
+    """A JPEG of which Pillow reads no more than the pixels need: the rest may be anything."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """Leave the resolution alone."""
+
+
 def has_many(file: bytes, part: bytes) -> bool:
     """Say whether a part is more than MAX_PARTS times in a file.
 
@@ -59,6 +94,10 @@ def open_picture(file: bytes) -> Image.Image:
 
     Beyond 89 million pixels Pillow warns, and beyond twice as many it refuses: 413 for both.
     """
+    if file.startswith(JPEG_START):
+        return Jpeg(CountingFile(file))
+    if file[4:8] == b"ftyp":  # an AVIF says apart from its EXIF data how it is turned
+        file = re.sub(rb"(infe[\2\3]...(..|....)..)Exif", rb"\1none", file, flags=re.S)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -67,21 +106,37 @@ def open_picture(file: bytes) -> Image.Image:
             raise RequestEntityTooLarge from error
 
 
+def turn(image: Image.Image) -> Image.Image:
+    """Return a picture upright; one whose EXIF data cannot be read stays as it is.
+
+    Unlike Pillow's `exif_transpose`, this only reads the data, which may be anything: to write it
+    again fails for tags of a kind that Pillow does not expect.
+    """
+    if isinstance(image, TiffImageFile):
+        image.load_end = lambda: None  # type: ignore[method-assign]  # it calls `exif_transpose`
+    image.load()  # some formats have their EXIF data behind their pixels
+    try:
+        tags: Any = image.tag_v2 if isinstance(image, TiffImageFile) else image.getexif()
+        method = TURNS.get(tags.get(ORIENTATION))
+    except Exception:
+        return image
+    return image if method is None else image.transpose(method)
+
+
 def decode(
     file: bytes, largest: tuple[int, int], exactly: bool, resampling: Image.Resampling
 ) -> Image.Image:
     """Return what a file shows as RGB, upright, on white and shrunk; raise what Pillow raises."""
     # Some files would take minutes: a JPEG of very many passes over all pixels, or a file of very
     # many small parts that are each unpacked to a megabyte. Real pictures have a few of each.
-    is_jpeg = file.startswith(b"\xff\xd8")
+    is_jpeg = file.startswith(JPEG_START)
     parts = (b"\xff\xda", b"Exif\0\0") if is_jpeg else (b"iCCP", b"Exif\0\0")
     if any(has_many(file, part) for part in parts):
         raise ValueError("too many parts")
     image = open_picture(file)
     if image.width * image.height > IMAGE_MAX_PIXELS:
         raise RequestEntityTooLarge
-    with suppress(SyntaxError, ValueError, TypeError, KeyError):  # EXIF data may be anything
-        ImageOps.exif_transpose(image, in_place=True)
+    image = turn(image)
     deep = image.mode[0] in "IF"  # more than eight bits a value, of which Pillow keeps the lowest
     top = 65535 if image.mode.startswith("I;16") else image.getextrema()[1] if deep else 255
     factor = max(1, image.width / largest[0], image.height / largest[1])
@@ -91,9 +146,14 @@ def decode(
     # pixels, which needs their colours first.
     if resampling == Image.Resampling.NEAREST:
         image = image.resize(size, resampling)
+    clear = image.info.get("transparency")
     if deep:
         values = np.nan_to_num(np.asarray(image, np.float32)) / max(top, 1e-9)
+        if clear is not None:
+            values[np.asarray(image) == clear] = 1  # white
         image = Image.fromarray((255 * np.clip(values, 0, 1)).astype(np.uint8))
+    if isinstance(clear, tuple) and max(clear) > 255:  # Pillow keeps the upper eight of 16 bits
+        image.info["transparency"] = tuple(level >> 8 for level in clear)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
@@ -124,23 +184,44 @@ def read_picture(
     except RequestEntityTooLarge:
         raise
     except Exception:  # broken files make Pillow raise many kinds of error, which hold its pixels
-        start = file[:256].lower()
+        start = file[:1024].lower()
     finally:
         decoder.release()
+    raise Problem(415, "not-a-picture", describe_start(start))
+
+
+def describe_start(start: bytes) -> str:
+    """Return a sentence about a file that cannot be read, judging by how it begins."""
+    if not start:
+        return "This file is empty."
+    if name := next((name for name in STARTS if re.match(STARTS[name], start, re.S)), None):
+        return f"This {name} file is damaged or incomplete: open it, save it, and send it again."
     names = (name for name, magic in OTHER_FORMATS.items() if re.match(magic, start, re.S))
-    sentence = f"{next(names, 'This file')} cannot be read as a picture"
-    raise Problem(415, "not-a-picture", f"{sentence}; {', '.join(IMAGE_FORMATS)} can.")
+    if (name := next(names, "This file")) == "HTML":
+        return "This is a web page (HTML); give the link to the picture itself, or send its file."
+    return f"{name} cannot be read as a picture; {', '.join(IMAGE_FORMATS)} can."
 
 
 def read_pictures(
-    files: list[bytes], preprocessor: Preprocessor, deadline: float
+    files: list[File], preprocessor: Preprocessor, deadline: float
 ) -> list[Image.Image]:
-    """Return several pictures, resized for a model; a Problem says which of them it is about."""
+    """Return the pictures in those files that hold one, resized for a model.
+
+    In the list, its problem takes the place of every other file. Where no file holds a picture, the
+    first of the problems is raised.
+    """
     size, resampling = preprocessor.target_size, preprocessor.resampling
     images = []
-    for number, file in enumerate(files, 1):
-        with about_picture(number, len(files)):
-            images.append(read_picture(file, size, deadline, True, resampling))
+    for number, file in enumerate(files):
+        if isinstance(file, bytes):
+            try:
+                images.append(read_picture(file, size, deadline, True, resampling))
+            except HTTPException as error:
+                if error.code == 503:  # the gateway has no time, whatever the file
+                    raise
+                files[number] = error
+    if not images:
+        raise next(file for file in files if isinstance(file, HTTPException))
     return images
 
 
@@ -152,7 +233,8 @@ def make_preview(file: bytes, deadline: float) -> str:
     return f"data:image/webp;base64,{b64encode(stream.getvalue()).decode()}"
 
 
-def add_previews(answers: list[dict], files: list[bytes], deadline: float) -> None:
+def add_previews(answers: list[dict], files: list[File], deadline: float) -> None:
     """Add to each answer a small picture of what was read, for the website to show."""
     for answer, file in zip(answers, files, strict=True):
-        answer["preview"] = make_preview(file, deadline)
+        if isinstance(file, bytes):
+            answer["preview"] = make_preview(file, deadline)

@@ -4,6 +4,7 @@ Besides: the forms that come in, the key and the rate limit, times and counts fo
 the routes `/metrics` and `/openapi.json`.
 """
 
+import errno
 import hmac
 import json
 import logging
@@ -11,12 +12,12 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from tempfile import SpooledTemporaryFile, gettempdir
 from typing import Any
 
 import flask
@@ -25,10 +26,11 @@ import prometheus_client as prometheus
 from flask import Blueprint, Flask, Response, current_app, g, render_template, request
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
-from multipart import MultipartError, MultipartParser, ParserLimitReached
+from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
+from werkzeug.http import parse_options_header
 
 from description import ROOT, Description
 
@@ -41,15 +43,21 @@ MAX_IN_FLIGHT = int(env("MAX_IN_FLIGHT", "32"))
 
 MAX_LINKS = 16
 MAX_BATCHES = max(1, MAX_IN_FLIGHT // 4)  # requests with several links: they bring most bytes
-USAGE = f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}} or a form with a file.'
+USAGE = (
+    f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}}, a form with one file, '
+    "or a picture itself as image/jpeg."
+)
+PICTURE_TYPES = ("image/", "application/octet-stream")  # what a picture may call itself
 LINKS_MAX_BYTES = 4 * IMAGE_MAX_BYTES  # of all pictures behind the links of one request
 FORM_MAX_BYTES = IMAGE_MAX_BYTES + 65536  # the picture, and the form around it
 FORM_MEMORY_BYTES = 500_000  # a larger part of a form waits in a file
+FORM_MAX_PARTS = 128
 JSON_MAX_BYTES = 65536  # nested lists take 30 times as much memory once they are parsed
 TOO_BIG = (
     f"A picture may have {IMAGE_MAX_BYTES:,} bytes and {IMAGE_MAX_PIXELS:,} pixels, "
     f"those of several links {LINKS_MAX_BYTES:,} bytes together."
 )
+TOO_MANY_UPLOADS = "Too many uploads at a time; try again soon."
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none';"
@@ -74,6 +82,8 @@ SECONDS = prometheus.Histogram("gateway_seconds", "Time taken", ["stage"], regis
 MODEL_VERSION = prometheus.Gauge("gateway_model_version", "Version of the model", registry=registry)
 
 
+File = bytes | HTTPException  # what should be a picture, or the problem of getting it
+
 # --- Problems ------------------------------------------------------------------------------------
 
 
@@ -85,22 +95,10 @@ class Problem(HTTPException):
         self.code, self.cause = status, cause
 
 
-@contextmanager
-def about_picture(number: int, count: int) -> Iterator[None]:
-    """Have an error inside this block say which of several pictures it is about."""
-    try:
-        yield
-    except HTTPException as error:
-        if count > 1:
-            error.add_note(f"Picture {number} of {count}")
-        raise
-
-
 def explain(error: HTTPException) -> str:
     """Return the sentence for people: what is wrong, and what to do about it."""
     sentences = {413: TOO_BIG, 429: f"More requests than {RATE_LIMIT}; wait a little."}
-    sentence = sentences.get(error.code or 0, error.description)
-    return ": ".join([*getattr(error, "__notes__", []), str(sentence)])
+    return str(sentences.get(error.code or 0, error.description))
 
 
 def problem_of(error: grpc.RpcError) -> Problem:
@@ -117,13 +115,24 @@ def problem_of(error: grpc.RpcError) -> Problem:
     return Problem(503, "model-unavailable", sentence)
 
 
-@blueprint.app_errorhandler(HTTPException)
-def answer_problem(error: HTTPException) -> Response:
-    """Answer with a problem (RFC 9457), be it ours, Flask's own or a mistake in the code (500)."""
+def describe_problem(error: HTTPException) -> dict:
+    """Count an error, and return its problem (RFC 9457)."""
     g.cause = getattr(error, "cause", error.name.lower().replace(" ", "-"))
     PROBLEMS.labels(g.cause).inc()
     kind, title = f"tag:clothing-gateway,2026:{g.cause}", g.cause.replace("-", " ").capitalize()
-    body = {"type": kind, "title": title, "status": error.code, "detail": explain(error)}
+    return {"type": kind, "title": title, "status": error.code, "detail": explain(error)}
+
+
+def fill_in(answers: list[dict], files: list[File]) -> list[dict]:
+    """Return an answer for each file that holds a picture, and for each other one its problem."""
+    left = iter(answers)
+    return [next(left) if isinstance(file, bytes) else describe_problem(file) for file in files]
+
+
+@blueprint.app_errorhandler(HTTPException)
+def answer_problem(error: HTTPException) -> Response:
+    """Answer with a problem, be it ours, Flask's own or a mistake in the code (500)."""
+    body = describe_problem(error)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "2"}}.get(error.code or 0)
     response = Response(json.dumps(body), error.code, headers, "application/problem+json")
     response.allow.update(getattr(error, "valid_methods", None) or [])
@@ -147,7 +156,7 @@ def begin() -> None:
     given = request.headers.get("X-Request-ID", "")
     g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
     g.start, g.seconds, g.cause = time.perf_counter(), {}, None
-    if request.mimetype != "multipart/form-data":
+    if not request.mimetype.startswith(("multipart/form-data", *PICTURE_TYPES)):
         request.max_content_length = JSON_MAX_BYTES
 
 
@@ -225,27 +234,21 @@ class UploadBudget:
     """The bytes that one form has taken of those that all forms on their way may take together."""
 
     # Of the disk where large parts wait; in a container that is memory.
-    left = shutil.disk_usage(tempfile.gettempdir()).free * 3 // 4
+    left = shutil.disk_usage(gettempdir()).free * 3 // 4
     lock = threading.Lock()
 
     def __init__(self, stream=None, taken: int = 0):
         self.stream, self.taken = stream, taken
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes of the form; raise Problem (503) when the disk is nearly full.
-
-        The form gives back what it has taken before it raises. If it kept that until the request
-        has ended, several large forms could block one another, and none would get through.
-        """
+        """Return the next bytes of the form; raise Problem (503) when the disk is nearly full."""
         data = self.stream.read(size)
         with UploadBudget.lock:
-            if len(data) <= UploadBudget.left:
-                UploadBudget.left -= len(data)
-                self.taken += len(data)
-                return data
-            UploadBudget.left += self.taken
-            self.taken = 0
-        raise Problem(503, "too-busy", "Too many uploads at a time; try again soon.")
+            if len(data) > UploadBudget.left:
+                raise Problem(503, "too-busy", TOO_MANY_UPLOADS)
+            UploadBudget.left -= len(data)
+            self.taken += len(data)
+            return data
 
     def split(self, size: int) -> "UploadBudget":
         """Hand some of the taken bytes over to a budget of their own."""
@@ -270,31 +273,92 @@ class Upload(FileStorage):
         self.budget.close()
 
 
+def name_of_file(part: MultipartSegment) -> str | None:
+    """Return the name of a form's file, "" where it has none, and None for a field.
+
+    Programs say in several ways that a part is a file. Where nobody has chosen one, a browser sends
+    a file without a name and without content, which is a field here.
+    """
+    disposition = parse_options_header(part.header("Content-Disposition", ""))[1]
+    name = part.filename or disposition.get("filename", "")
+    marked = part.filename == "" or part.name == "file"
+    is_picture = (part.content_type or "").startswith(PICTURE_TYPES)
+    if not name and not (part.size and (marked or is_picture)):
+        return None
+    try:
+        return name.encode("latin-1").decode()
+    except UnicodeError:  # in some code page: the name is only shown
+        return name
+
+
 class FormParser(FormDataParser):
-    """Reads forms with `multipart`, in a tenth of the time that Werkzeug's own parser takes."""
+    """Reads forms with `multipart`, in a tenth of the time that Werkzeug's own parser takes.
+
+    A body that is a picture counts as a form with one file. What fails closes its files, and gives
+    back their bytes, at once. If it kept them until the request has ended, several large uploads
+    could block one another.
+    """
 
     def parse(self, stream, mimetype, content_length, options=None):
-        """Return the stream, the fields and the files; nothing of a form that is malformed."""
-        if mimetype != "multipart/form-data":
-            return super().parse(stream, mimetype, content_length, options)
+        """Return the stream, the fields and the files; nothing of a form that is malformed.
+
+        Raises:
+            Problem: 503 where the files do not fit on the disk beside those of others.
+        """
+        try:
+            if mimetype.startswith(PICTURE_TYPES):
+                return self.parse_picture(stream)
+            if mimetype == "multipart/form-data":
+                return self.parse_form(stream, (options or {}).get("boundary", ""))
+        except OSError as error:  # from a file's end, too, which writes what was not written yet
+            if error.errno != errno.ENOSPC:
+                raise
+            raise Problem(503, "too-busy", TOO_MANY_UPLOADS) from error
+        return super().parse(stream, mimetype, content_length, options)
+
+    def parse_picture(self, stream):
+        """Return a body that is a picture as if it were the file of a form."""
+        with ExitStack() as stack:
+            stack.callback((budget := UploadBudget(stream)).close)
+            content = stack.enter_context(SpooledTemporaryFile(FORM_MEMORY_BYTES))
+            while chunk := budget.read(1 << 16):
+                content.write(chunk)
+            content.seek(0)
+            stack.pop_all()  # whoever reads the file closes it
+        file = Upload(content, "", "file")
+        file.budget = budget
+        return stream, MultiDict(), MultiDict({"file": file})
+
+    def parse_form(self, stream, boundary: str):
+        """Return the stream, the fields and the files of a form in parts."""
         fields: MultiDict[str, str] = MultiDict()
         files: MultiDict[str, FileStorage] = MultiDict()
-        boundary, budget = (options or {}).get("boundary", ""), UploadBudget(stream)
-        with ExitStack() as stack:
-            stack.callback(budget.close)
-            try:
-                for part in MultipartParser(budget, boundary, spool_limit=FORM_MEMORY_BYTES):
-                    if part.filename:
-                        files.add(part.name, file := Upload(part.file, part.filename, part.name))
-                        file.budget = budget.split(part.size)
-                        stack.callback(file.close)
+        budget = UploadBudget(stream)
+        options = {"max_segment_count": FORM_MAX_PARTS, "header_charset": "latin-1"}
+        try:
+            with ExitStack() as stack:
+                stack.callback(budget.close)  # last, when all files are closed
+                for event in PushMultipartParser(boundary, **options).parse_blocking(budget.read):
+                    if isinstance(event, MultipartSegment):
+                        part = event
+                        file = stack.enter_context(SpooledTemporaryFile(FORM_MEMORY_BYTES))
+                    elif event:
+                        file.write(event)
                     else:
-                        fields.add(part.name, part.raw.decode(errors="replace"))
-            except ParserLimitReached as error:
-                raise RequestEntityTooLarge from error
-            except MultipartError:
-                return stream, MultiDict(), MultiDict()
-            stack.pop_all()  # whoever reads the files closes them
+                        file.seek(0)
+                        if (name := name_of_file(part)) is not None:
+                            upload = Upload(file, name, part.name)
+                            upload.budget = budget.split(part.size)
+                            stack.callback(upload.close)
+                            files.add(part.name, upload)
+                        else:
+                            fields.add(part.name, file.read().decode(errors="replace"))
+                            file.close()
+                stack.pop_all()  # whoever reads the files closes them
+        except ParserLimitReached as error:
+            raise RequestEntityTooLarge from error
+        except MultipartError:
+            return stream, MultiDict(), MultiDict()
         budget.close()
         return stream, fields, files
 
@@ -305,22 +369,52 @@ class Request(flask.Request):
     form_data_parser_class = FormParser
 
 
+def malformed(body: Any = None) -> Problem:
+    """Return the problem (400) of a request without a picture and a link: it says what came."""
+    match body:
+        case {"urls": [_, *_] as links} if len(links) > MAX_LINKS:
+            came = f"There are {len(links)} links in urls."
+        case {"urls": _}:
+            came = "The urls are not a list of links."
+        case {"url": _}:
+            came = "The url is not a text."
+        case {"sample": label}:
+            came = f"There is no sample {label!s:.40}."
+        case {} if not body and request.mimetype == "multipart/form-data":
+            came = "The form is empty, or it ends early, or its boundary is another one."
+        case {}:
+            came = f"Neither a file nor a link came, only: {', '.join(body) or 'nothing':.100}."
+        case _:
+            size, kind = len(request.get_data()), request.mimetype or "no type"
+            came = f"What came ({size:,} bytes of {kind:.60}) is not a JSON object."
+    return Problem(400, "malformed-request", f"{came} {USAGE}")
+
+
+def find_upload() -> FileStorage | None:
+    """Return the file of a form, whatever its field's name; raise Problem (400) for several."""
+    files = request.files.getlist("file") or [*request.files.values()]
+    if len(files) > 1:
+        came = f"The form has {len(files)} files, and one at a time can be answered."
+        raise Problem(400, "malformed-request", f"{came} {USAGE}")
+    return files[0] if files else None
+
+
 def read_body() -> dict:
     """Return the fields of a form, or the object that JSON holds; raise Problem (400), or 413.
 
     A body in chunks tells its length only as it is read. One that is longer than allowed looks
     like one that ends early, so JSON is read to its end, where the 413 shows.
     """
-    if request.mimetype == "multipart/form-data":
+    if request.mimetype.startswith(("multipart/form-data", *PICTURE_TYPES)):
         return request.form.to_dict()
     try:
-        body = request.get_json(force=True)
+        body = request.get_json(force=True)  # curl calls it a form
     except (BadRequest, RecursionError):  # the second from brackets in brackets in brackets ...
-        body = None
+        body = request.form.to_dict() if {"url", "sample"} & request.form.keys() else None
     finally:
         request.stream.read(1)
     if not isinstance(body, dict):
-        raise Problem(400, "malformed-request", USAGE)
+        raise malformed(body)
     return body
 
 
@@ -339,6 +433,8 @@ def answer_page(answer: Callable[[dict], list[dict]], model: Description, **page
         except (HTTPException, grpc.RpcError) as error:
             problem = problem_of(error) if isinstance(error, grpc.RpcError) else error
             page["problem"], response = explain(problem), answer_problem(problem)
+            # What is wrong with a file stands in its card, all else beside the link's field.
+            page["of_file"] = problem.code in (413, 415) and not page["url"]
     response.set_data(render_template("index.html", **page))
     response.mimetype = "text/html"
     return response

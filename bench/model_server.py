@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +45,10 @@ allowed_batch_sizes: [1, 2, 4, 8]  max_enqueued_batches { value: 100 }
 """
 RELOADS = 20
 WARM_UP = 4  # reloads until the memory allocator has all the space that it keeps for later
+
+
+LONG_BODIES = 5
+LONG_BODY_BYTES = 20_000_000
 
 
 @contextlib.contextmanager
@@ -114,6 +120,32 @@ def show(title: str, unit: str, results: dict[str, float]) -> None:
         print(f"  {name:<42}{value:9.1f} {unit}{value / first:8.2f}")
 
 
+def worst_waits(call: Callable[[], Any], rest_port: int) -> dict[str, float]:
+    """Time the slowest of many calls: alone, and while another client posts long JSON.
+
+    The posted numbers are no pictures, so that they are read and then refused, and the model does
+    not run on them.
+    """
+    url = f"http://127.0.0.1:{rest_port}/v1/models/clothing-model:predict"
+    numbers = b"-0.123456789, " * (LONG_BODY_BYTES // 14)
+    body = b'{"instances": [%s0.5]}' % numbers
+
+    def post() -> None:
+        try:
+            urllib.request.urlopen(url, body).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+
+    post()  # the process that reads has started now
+    alone = max(milliseconds(call, 100))
+    with ThreadPoolExecutor(1) as pool:
+        posts = [pool.submit(post) for _ in range(LONG_BODIES)]
+        beside = 0.0
+        while not posts[-1].done():
+            beside = max(beside, milliseconds(call, 1)[0])
+    return {"alone": alone, f"beside {LONG_BODY_BYTES // 10**6} MB of JSON": beside}
+
+
 def wrong_answers(stub: Any, images: list[np.ndarray], expected: np.ndarray) -> tuple[int, int]:
     """Let 64 clients ask right and wrong things; count the answers, and those that are wrong."""
 
@@ -171,9 +203,10 @@ def main() -> None:
         shutil.copytree(MODEL / "1", base_path / "1", copy_function=os.link)
         parameters = Path(folder) / "batching.txt"
         parameters.write_text(BATCHING)
+        rest_port = free_port()
         batching = ("--enable_batching", f"--batching_parameters_file={parameters}")
         with (
-            model_server(base_path) as (stub, status_stub, process),
+            model_server(base_path, f"--rest_api_port={rest_port}") as (stub, status_stub, process),
             model_server(base_path, *batching) as (batched, _, _),
         ):
             calls = {
@@ -186,6 +219,9 @@ def main() -> None:
             merged = milliseconds(lambda: signature(inputs=sixteen)["probabilities"].numpy(), 5)
             results["signature in this process, 16 in a call"] = 16e3 / statistics.median(merged)
             show(f"Throughput, {CLIENTS} clients", "/s", results)
+
+            waits = worst_waits(lambda: stub.Predict(request), rest_port)
+            show("Worst wait for a Predict", "ms", waits)
 
             print("\nRight and wrong requests, 64 clients")
             for name, each in (("batching off", stub), ("batching on", batched)):

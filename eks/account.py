@@ -1,6 +1,7 @@
 """The cluster that eks/cluster.yaml describes, the AWS account, and sentences for its errors."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,11 +71,12 @@ def connect(cluster: Cluster, account: str | None = None) -> Callable[[str], Any
         Problem: AWS rejects the credentials, they belong to another account than `account`, or the
             configuration names another region than eks/cluster.yaml.
     """
-    configured = boto3.Session().region_name
+    # aws and eksctl obey AWS_REGION first; boto3 does not know it.
+    configured = os.environ.get("AWS_REGION") or boto3.Session().region_name
     if configured not in (None, cluster.region):
         raise Problem(
             f"Your AWS configuration says {configured} and eks/cluster.yaml says {cluster.region}: "
-            f"set AWS_DEFAULT_REGION={cluster.region}, or change the file."
+            f"set AWS_REGION={cluster.region}, or change the file."
         )
     session: Any = boto3.Session(region_name=cluster.region)
     client = cache(partial(session.client, config=PATIENT))

@@ -98,10 +98,14 @@ class SimulatedAccount:
 
     def forget_load_balancer(self, aws: Callable[[str], Any], cluster: Cluster) -> None:
         """Create what is left over when a cluster is deleted before its load balancer."""
-        subnet = aws("ec2").describe_subnets()["Subnets"][0]["SubnetId"]
+        subnet = aws("ec2").describe_subnets()["Subnets"][0]
         tags = [{"Key": key, "Value": value} for key, value in cluster.tags.items()]
-        aws("elbv2").create_load_balancer(
-            Name="forgotten", Type="network", Subnets=[subnet], Tags=tags
+        balancing, name = aws("elbv2"), "forgotten"
+        balancing.create_load_balancer(
+            Name=name, Type="network", Subnets=[subnet["SubnetId"]], Tags=tags
+        )
+        balancing.create_target_group(
+            Name=name, Protocol="TCP", Port=80, VpcId=subnet["VpcId"], Tags=tags
         )
 
     def start_registry(self) -> tuple[str, str]:

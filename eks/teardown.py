@@ -1,24 +1,25 @@
 """Delete the cluster and all that belongs to it, and prove it: ``python -m eks.teardown``."""
 
 import argparse
-import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any
 
+from botocore.exceptions import ClientError, WaiterError
 from rich.console import Console
 
-from eks.account import Cluster, Problem, connect, reported
+from eks.account import Cluster, Problem, connect, explain, reported
+from eks.inventory import BALANCERS, TARGETS, Inventory
 from eks.services import delete_services
 
 GRACE_SECONDS = 120  # until AWS's list of tags should have forgotten what is gone
 
 
-class Teardown:
-    """Finds the parts of a cluster and its repositories, and deletes them.
+class Teardown(Inventory):
+    """Deletes what the inventory finds.
 
     Whatever lacks the project's tag belongs to somebody else, and stays.
     """
@@ -26,15 +27,14 @@ class Teardown:
     def __init__(
         self, cluster: Cluster, aws: Callable[[str], Any], poll: float, timeout: float, eksctl: bool
     ) -> None:
-        self.cluster, self.aws, self.poll, self.timeout = cluster, aws, poll, timeout
-        self.eksctl = eksctl
+        super().__init__(cluster, aws)
+        self.poll, self.timeout, self.eksctl = poll, timeout, eksctl
+        self.ending: set[str] = set()  # instances, which take a while
+        self.refused: dict[str, str] = {}
 
-    def listed(self, service: str, operation: str, key: str, **arguments: Any) -> list[Any]:
-        """Return everything that an operation lists under a key, from all pages."""
-        pages = self.aws(service).get_paginator(operation).paginate(**arguments)
-        return [item for page in pages for item in page[key]]
-
-    def wait(self, left: Callable[[], list[str]], what: str, seconds: float) -> list[str]:
+    def wait(
+        self, left: Callable[[], Collection[str]], what: str, seconds: float
+    ) -> Collection[str]:
         """Poll until nothing is left, and return what is still there when time is up."""
         deadline = time.monotonic() + seconds
         if names := left():
@@ -46,7 +46,7 @@ class Teardown:
                 time.sleep(self.poll)
         return names
 
-    def wait_or_fail(self, left: Callable[[], list[str]], what: str) -> None:
+    def wait_or_fail(self, left: Callable[[], Collection[str]], what: str) -> None:
         """Poll until nothing is left; raise Problem when that takes too long."""
         if names := self.wait(left, what, self.timeout):
             raise Problem(
@@ -54,100 +54,16 @@ class Teardown:
                 "run this again to go on waiting."
             )
 
-    def find(self) -> dict[str, Any] | None:
-        """Return what EKS says about the cluster of this name, whoever owns it."""
-        eks = self.aws("eks")
-        try:
-            return eks.describe_cluster(name=self.cluster.name)["cluster"]
-        except eks.exceptions.ResourceNotFoundException:
-            return None
-
-    def describe(self) -> dict[str, Any] | None:
-        """Return what EKS says about our cluster; None if there is none, or it is not ours."""
-        found = self.find()
-        return found if found and self.cluster.owns(found.get("tags", {})) else None
-
-    def load_balancers(self) -> dict[str, Callable[[], Any]]:
-        """Return our load balancers by name or ARN, and how to delete each."""
-        found: dict[str, Callable[[], Any]] = {}
-        of_cluster = f"kubernetes.io/cluster/{self.cluster.name}" if self.describe() else None
-        for service, key, argument, names, group in (
-            ("elbv2", "LoadBalancers", "LoadBalancerArn", "ResourceArns", "ResourceArn"),
-            ("elb", "LoadBalancerDescriptions", "LoadBalancerName", "LoadBalancerNames", None),
-        ):
-            client = self.aws(service)
-            every = [
-                each[argument] for each in self.listed(service, "describe_load_balancers", key)
-            ]
-            for start in range(0, len(every), 20):  # no more at a time
-                answer = client.describe_tags(**{names: every[start : start + 20]})
-                for each in answer["TagDescriptions"]:
-                    tags = {tag["Key"]: tag.get("Value", "") for tag in each["Tags"]}
-                    if self.cluster.owns(tags) or of_cluster in tags:
-                        name = each[group or argument]
-                        found[name] = partial(client.delete_load_balancer, **{argument: name})
-        return found
-
-    def node_groups(self) -> list[str]:
-        """Return the names of the cluster's node groups."""
-        if not self.describe():
-            return []
-        return self.listed("eks", "list_nodegroups", "nodegroups", clusterName=self.cluster.name)
-
-    def stacks(self) -> list[str]:
-        """Return eksctl's CloudFormation stacks; the one of network and cluster comes last."""
-        stacks = []
-        for stack in self.listed("cloudformation", "describe_stacks", "Stacks"):
-            tags = {tag["Key"]: tag["Value"] for tag in stack["Tags"]}
-            cluster = tags.get("alpha.eksctl.io/cluster-name")
-            if self.cluster.owns(tags) and cluster == self.cluster.name:
-                stacks.append(stack["StackName"])
-        return sorted(stacks, key=lambda name: name.endswith("-cluster"))
-
-    def repositories(self) -> dict[str, str]:
-        """Return the ARNs of our repositories by name."""
-        ours = {}
-        for each in self.listed("ecr", "describe_repositories", "repositories"):
-            name, arn = each["repositoryName"], each["repositoryArn"]
-            if name.startswith(f"{self.cluster.project}/"):
-                tags = self.aws("ecr").list_tags_for_resource(resourceArn=arn)["tags"]
-                if self.cluster.owns({tag["Key"]: tag["Value"] for tag in tags}):
-                    ours[name] = arn
-        return ours
-
-    def leftovers(self) -> list[str]:
-        """Return everything of ours that exists."""
-        name, project = self.cluster.name, self.cluster.project
-        # AWS's list by tag still names things for a while after they are gone. So it counts only
-        # for services that are not asked directly.
-        asked = re.compile(
-            rf":(cluster|nodegroup|addon|podidentityassociation)/{name}(/|$)"
-            rf"|:repository/{project}/|:loadbalancer/|:stack/eksctl-{name}-"
-        )
-        service, key = "resourcegroupstaggingapi", "ResourceTagMappingList"
-        tag = {"Key": "project", "Values": [project]}
-        tagged = self.listed(service, "get_resources", key, TagFilters=[tag])
-        left = {each["ResourceARN"] for each in tagged if not asked.search(each["ResourceARN"])}
-        terminated = [{"Name": "instance-state-name", "Values": ["terminated"]}]
-        for found in self.listed("ec2", "describe_instances", "Reservations", Filters=terminated):
-            gone = {each["InstanceId"] for each in found["Instances"]}
-            left = {arn for arn in left if arn.rpartition("/")[2] not in gone}
-        if cluster := self.describe():
-            left.add(cluster["arn"])
-        return sorted(
-            left.union(self.load_balancers(), self.repositories().values(), self.stacks())
-        )
-
     def delete_load_balancers(self) -> None:
         """Have the cluster delete its load balancers; delete those without a cluster ourselves."""
-        if not (found := self.load_balancers()):
+        if not (found := self.ours(BALANCERS)):
             return
         if cluster := self.describe():
             delete_services(cluster, self.cluster.region)
         else:
             for delete in found.values():
                 delete()
-        self.wait_or_fail(lambda: [*self.load_balancers()], "load balancers")
+        self.wait_or_fail(lambda: self.ours(BALANCERS), "load balancers")
         print("load balancers gone")
 
     def delete_cluster(self) -> None:
@@ -170,6 +86,34 @@ class Teardown:
         self.wait_or_fail(lambda: [name] if self.describe() else [], "the cluster")
         print(f"cluster {name} gone")
 
+    def delete_target_groups(self) -> None:
+        """Delete what load balancers have left behind."""
+
+        def in_use() -> Collection[str]:
+            for name, delete in self.ours(TARGETS).items():
+                with suppress(self.aws("elbv2").exceptions.ResourceInUseException):
+                    delete()
+                    print(f"{name} deleted")
+            return self.ours(TARGETS)
+
+        self.wait_or_fail(in_use, "target groups")
+
+    def delete_strays(self) -> Collection[str]:
+        """Try to delete what has the tag and no stack, and return what is still there."""
+        for arn, delete in self.strays().items():
+            identity = arn.rpartition("/")[2]
+            if identity in self.ending:
+                continue
+            try:
+                delete()
+                print(f"{arn} deleted")
+            except ClientError as error:
+                if "NotFound" not in error.response["Error"]["Code"]:
+                    self.refused[arn] = explain(error)
+                    continue
+            (self.ending if identity.startswith("i-") else self.gone).add(identity)
+        return self.strays()
+
     def delete_stacks(self) -> None:
         """Delete what eksctl created around the cluster and has not deleted itself."""
         cloudformation = self.aws("cloudformation")
@@ -179,7 +123,13 @@ class Teardown:
             cloudformation.delete_stack(StackName=stack)
             attempts = max(1, round(self.timeout / self.poll))
             config = {"Delay": self.poll, "MaxAttempts": attempts}
-            waiter.wait(StackName=stack, WaiterConfig=config)
+            try:
+                waiter.wait(StackName=stack, WaiterConfig=config)
+            except WaiterError as error:
+                raise Problem(
+                    f"{explain(error)} The cause may be what bears the cluster's name: "
+                    f"{', '.join(self.unclaimed()) or 'nothing that is known'}."
+                ) from error
 
     def delete_repositories(self) -> None:
         """Delete our repositories with their images."""
@@ -203,21 +153,43 @@ def main() -> int:
     aws = connect(cluster, args.account)
     work = Teardown(cluster, aws, args.poll, args.timeout, eksctl=not args.no_eksctl)
     if args.dry_run:
-        left = work.leftovers()
-        print(*(f"would delete {name}" for name in left), f"{len(left)} in all", sep="\n")
+        for name, known in (found := work.leftovers()).items():
+            print(f"would delete {name}" if known else f"would leave {name}: delete it by hand")
+        print(f"{len(found)} in all with the tag project={cluster.project}")
+        report(cluster, work.unclaimed())
         return 0
     if work.find() and not work.describe():
         print(f"the cluster {cluster.name} is not ours, it has no tag project={cluster.project}")
     work.delete_load_balancers()
     work.delete_cluster()
     work.delete_load_balancers()  # created in the meantime
+    work.delete_target_groups()
+    grace = min(GRACE_SECONDS, args.timeout)
+    work.wait(work.delete_strays, "what is in no stack", grace)
     work.delete_stacks()
     work.delete_repositories()
-    left = work.wait(work.leftovers, "AWS to forget them", min(GRACE_SECONDS, args.timeout))
-    print(*left, f"{len(left)} left with the tag project={cluster.project}", sep="\n")
+
+    def rest() -> Collection[str]:
+        work.delete_strays()
+        return work.leftovers()
+
+    left = work.wait(rest, "AWS to forget them", grace)
+    for name in left:
+        print(name, *([work.refused[name]] if name in work.refused else []), sep=": ")
+    print(f"{len(left)} left with the tag project={cluster.project}")
     if left:
         print("Run this again in some minutes; delete by hand what is listed then.")
-    return 1 if left else 0
+    unclaimed = work.unclaimed()
+    report(cluster, unclaimed)
+    return 1 if left or unclaimed else 0
+
+
+def report(cluster: Cluster, unclaimed: list[str]) -> None:
+    """Name what is not deleted, because it lacks the tag."""
+    for name in unclaimed:
+        print(f"without the tag: {name}")
+    advice = ": look whether they are yours, and delete them by hand" if unclaimed else ""
+    print(f"{len(unclaimed)} things without that tag bear the name {cluster.name}{advice}")
 
 
 if __name__ == "__main__":

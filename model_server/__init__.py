@@ -14,6 +14,10 @@ Flags, status codes, messages and JSON shapes are those of ``tensorflow_model_se
 - warm-up from ``assets.extra``, new versions that take over without a failed request, batching, a
   shutdown that lets requests end.
 
+Models with operations of TensorFlow Text or Decision Forests, which TensorFlow Serving has linked
+in, load where ``tensorflow_text`` or ``tensorflow_decision_forests`` is installed: the package is
+imported when a model needs it.
+
 Not covered: SessionRun, PredictStreamed and the profiler, which answer UNIMPLEMENTED; models for
 other platforms and TensorFlow Lite; base paths that are URIs; ALTS and logging of requests. Flags
 without effect are accepted with a warning.
@@ -22,8 +26,6 @@ It differs from TensorFlow Serving in these points, most of which report a mista
 
 - the shape of an input that is a placeholder must fit the one that its signature declares, and an
   integer in JSON must fit its dtype;
-- GetModelStatus for a label reports the version that the label points to, as the documentation of
-  the REST API says, and not all versions;
 - HandleReloadConfigRequest answers after the first attempt to load a new model. When that fails, or
   there is nothing to load, the answer gives the reason, and the server goes on trying;
 - a version that could not be loaded is tried again once its files have changed and two looks in a
@@ -34,8 +36,9 @@ It differs from TensorFlow Serving in these points, most of which report a mista
 
 ``server`` starts and stops everything; ``config`` reads which models to serve, ``manager`` knows
 their versions, ``servable`` is one of them; ``service`` answers requests, ``grpc_api`` and
-``rest_api`` carry them; ``inference`` answers for lists of Examples; ``tensors`` and
-``json_tensors`` turn what is on the wire into NumPy arrays and back; ``warmup`` replays stored
-requests, ``batching`` merges those that come together, ``metrics`` counts and times them;
+``rest_api`` carry them; ``inference`` answers for lists of Examples, which ``json_examples`` reads;
+``tensors`` and ``json_tensors`` turn what is on the wire into NumPy arrays and back, and
+``json_workers`` has processes do so where it takes long; ``warmup`` replays stored requests,
+``batching`` merges those that come together, ``metrics`` counts and times them;
 ``text_protos`` reads configuration files.
 """

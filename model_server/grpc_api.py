@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # no traceback for a broken request
 
 # A status travels in HTTP/2 headers, for which clients accept 8 KiB unless told otherwise.
-MAX_STATUS_CHARACTERS = 2000
+MAX_STATUS_BYTES = 1024
 
 
 class PredictionService:
@@ -47,8 +47,8 @@ class PredictionService:
 class ModelService:
     """``tensorflow.serving.ModelService`` on the models of a manager."""
 
-    def __init__(self, manager: ModelManager):
-        self.GetModelStatus = _handler(partial(service.get_model_status, manager))
+    def __init__(self, manager: ModelManager, probes: ThreadPoolExecutor):
+        self.GetModelStatus = _in_pool(probes, _handler(partial(service.get_model_status, manager)))
         self.HandleReloadConfigRequest = _handler(partial(service.reload_config, manager))
 
 
@@ -61,7 +61,11 @@ def make_server(
     with_health: bool = False,
     enforce_session_run_timeout: bool = False,
 ) -> grpc.Server:
-    """Make a server that is neither bound to a port nor started; messages may have any size."""
+    """Make a server that is neither bound to a port nor started; messages may have any size.
+
+    Health checks and GetModelStatus have threads of their own: they wait for no prediction.
+    """
+    probes = ThreadPoolExecutor(2, thread_name_prefix="probes")
     server = grpc.server(
         ThreadPoolExecutor(max_threads, thread_name_prefix="grpc"),
         options=[
@@ -77,11 +81,12 @@ def make_server(
         ),
         server,
     )
-    services_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(manager), server)
+    services_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(manager, probes), server)
     server.add_generic_rpc_handlers([_NotCovered()])
     if with_health:
         # SERVING from the start, because the port opens only when every model is loaded.
-        servicer = health.HealthServicer()
+        servicer = health.HealthServicer(experimental_thread_pool=probes)
+        servicer.Check = _in_pool(probes, partial(servicer.Check))  # type: ignore[method-assign]
         for name in ("PredictionService", "ModelService"):
             servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -127,9 +132,23 @@ def _handler(
         except Exception as error:
             log.exception("%s failed", type(request).__name__)
             failure = ServingError(grpc.StatusCode.INTERNAL, repr(error))
-        context.abort(failure.code, failure.message[:MAX_STATUS_CHARACTERS])
+        context.abort(failure.code, _details(failure.message))
 
     return handle
+
+
+def _details(message: str) -> str:
+    """Cut a message where TensorFlow Serving does."""
+    encoded = message.encode("utf-8", "replace")
+    if len(encoded) <= MAX_STATUS_BYTES:
+        return message
+    return encoded[:MAX_STATUS_BYTES].decode("utf-8", "ignore") + "...TRUNCATED"
+
+
+def _in_pool(pool: ThreadPoolExecutor, handler: Any) -> Any:
+    """Let gRPC call a handler in a thread of this pool, and not in one of the server's."""
+    handler.experimental_thread_pool = pool
+    return handler
 
 
 def _milliseconds(seconds: float | None) -> int:

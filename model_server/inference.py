@@ -1,7 +1,6 @@
-"""Lists of ``tf.Example`` in, classifications and regressions out; the same in JSON."""
+"""Lists of ``tf.Example`` in, classifications and regressions out, as messages or as JSON."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 
 from tfserving import messages_pb2, server_messages_pb2
 
-from . import json_tensors
 from .errors import ServingError, invalid_argument
+from .json_tensors import float_literals, quoted, shape_name
 from .servable import DEFAULT_SIGNATURE, Servable
-from .tensors import data_type, shape_name
+from .tensors import data_type
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Method:
     messages and fields. ``outputs`` maps the outputs that a signature may have to their
     ``DataType``; it must have at least one of them. ``wrong_count`` is the message for a signature
     with another number of outputs, ``missing`` for one with none of these. ``make_result`` turns
-    the outputs for a number of examples into a result message, ``rows`` turns that into a list for
-    JSON.
+    the outputs for a number of examples into a result message, ``rows`` writes each row of
+    that as JSON.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Method:
     wrong_count: str
     missing: str
     make_result: Callable[[Mapping[str, np.ndarray], int], Any]
-    rows: Callable[[Any], list]
+    rows: Callable[[Any], list[str]]
 
 
 def infer(
@@ -71,25 +70,25 @@ def infer_all(
     check_method_name: bool = False,
     timeout_ms: int = 0,
 ) -> list[Any]:
-    """Run the signatures that a list of ``InferenceTask`` names, all on the same ``Input``."""
-    _check_tasks(servable, tasks, check_method_name)
+    """Run the signatures that a list of ``InferenceTask`` names, all on the same ``Input``.
+
+    They run together; the results come in the order of the tasks.
+    """
+    aliases = _check_tasks(servable, tasks, check_method_name)
+    examples = serialize(inputs)
+    outputs = servable.predict_together(aliases, {"inputs": examples}, timeout_ms)
     return [
-        infer(
-            servable,
-            task.model_spec.signature_name,
-            METHODS[task.method_name],
-            inputs,
-            check_method_name,
-            timeout_ms,
-        )
-        for task in tasks
+        METHODS[task.method_name].make_result(each, len(examples))
+        for task, each in zip(tasks, outputs, strict=True)
     ]
 
 
-def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> None:
-    """Raise ServingError for a task that is wrong, before any of them runs."""
-    names = set()
-    tensor_names = set()
+def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> dict[str, list[str]]:
+    """Map the signature of each task to the outputs to compute; raise ServingError if it is wrong.
+
+    No task runs before all of them are checked.
+    """
+    aliases: dict[str, list[str]] = {}
     for task in tasks:
         if not task.model_spec.name:
             raise invalid_argument("Found ModelSpec with an empty model name.")
@@ -98,9 +97,8 @@ def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> Non
                 "All ModelSpecs in a MultiInferenceRequest must access the same model name."
             )
         name = task.model_spec.signature_name or DEFAULT_SIGNATURE
-        if name in names:
+        if name in aliases:
             raise invalid_argument(f"Duplicate evaluation of signature: {name}")
-        names.add(name)
         if name not in servable.signatures:
             raise invalid_argument(f"Requested signature not found in model graph: {name}")
         if task.method_name not in METHODS:
@@ -108,11 +106,10 @@ def _check_tasks(servable: Servable, tasks: Any, check_method_name: bool) -> Non
                 grpc.StatusCode.UNIMPLEMENTED,
                 f"Unsupported signature method_name: {task.method_name}",
             )
-        signature = servable.signatures[name]
-        check_signature(signature, METHODS[task.method_name], check_method_name)
-        tensor_names.add(signature.inputs["inputs"].name)
-        if len(tensor_names) > 1:
-            raise invalid_argument("Input tensor must be the same for all Signatures.")
+        aliases[name] = check_signature(
+            servable.signatures[name], METHODS[task.method_name], check_method_name
+        )
+    return aliases
 
 
 def check_signature(signature: Any, method: Method, check_method_name: bool) -> list[str]:
@@ -181,12 +178,15 @@ def _classification_result(outputs: Mapping[str, np.ndarray], count: int) -> Any
     return result
 
 
-def _classification_rows(result: Any) -> list:
-    """List a pair of label and score for each class of each example."""
-    return [
-        [[each.label, _shortest(each.score)] for each in classifications.classes]
-        for classifications in result.classifications
-    ]
+def _classification_rows(result: Any) -> list[str]:
+    """Write a pair of label and score for each class of each example."""
+    rows = []
+    for classifications in result.classifications:
+        scores = _literals(each.score for each in classifications.classes)
+        labels = (quoted(each.label) for each in classifications.classes)
+        pairs = (f"[{label}, {score}]" for label, score in zip(labels, scores, strict=True))
+        rows.append(f"[{', '.join(pairs)}]")
+    return rows
 
 
 def _regression_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
@@ -207,9 +207,13 @@ def _regression_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
     return result
 
 
-def _regression_rows(result: Any) -> list:
-    """List the value of each example."""
-    return [_shortest(regression.value) for regression in result.regressions]
+def _regression_rows(result: Any) -> list[str]:
+    """Write the value of each example."""
+    return _literals(regression.value for regression in result.regressions)
+
+
+def _literals(values: Iterable[float]) -> list[str]:
+    return float_literals(np.fromiter(values, np.float32)).tolist()
 
 
 def _check_dtype(array: np.ndarray, dtype: int, expected: str) -> None:
@@ -220,11 +224,6 @@ def _check_dtype(array: np.ndarray, dtype: int, expected: str) -> None:
 
 def _name(dtype: int) -> str:
     return messages_pb2.DataType.Name(dtype)
-
-
-def _shortest(value: float) -> float:
-    """Turn a float32 into the double that is written with the same digits: 0.1 stays 0.1."""
-    return float(str(np.float32(value)))
 
 
 CLASSIFY = Method(
@@ -255,86 +254,6 @@ REGRESS = Method(
 METHODS = {method.name: method for method in (CLASSIFY, REGRESS)}
 
 
-def parse_input(document: Mapping[str, Any]) -> Any:
-    """Read the ``Input`` of a classify or regress request from its JSON body."""
-    inputs = server_messages_pb2.Input()
-    examples: Any = inputs.example_list
-    if "context" in document:
-        examples = inputs.example_list_with_context
-        _fill_example(examples.context, document["context"])
-        examples.context.SetInParent()
-    rows = document.get("examples")
-    for wrong, complaint in (
-        (
-            "examples" not in document,
-            "When method is classify, key 'examples' is expected and was not found",
-        ),
-        (not isinstance(rows, list), "Expecting 'examples' value to be an list/array"),
-        (not rows, "'examples' value is an empty array"),
-    ):
-        if wrong:
-            raise invalid_argument(f"JSON Value: {json_tensors.show(document)} {complaint}")
-    for row in rows or ():
-        _fill_example(examples.examples.add(), row)
-    return inputs
-
-
-def format_result(method: Method, result: Any) -> str:
+def format_result(method: Method, result: Any) -> bytes:
     """Write ``{"results": [...]}``: pairs of label and score for each example, or a value."""
-    return f'{{\n    "results": {json.dumps(method.rows(result), ensure_ascii=False)}\n}}'
-
-
-def _fill_example(example: Any, row: Any) -> None:
-    if not isinstance(row, dict):
-        raise invalid_argument(f"Example must be JSON object but got JSON {_json_type(row)}")
-    for name, content in row.items():
-        values = content if isinstance(content, list) else [content]
-        kinds = [_kind(name, value) for value in values]
-        if len(set(kinds)) > 1:
-            raise invalid_argument(
-                f"Unexpected element type in feature: {name} expecting type: {kinds[0]}"
-            )
-        feature = example.features.feature[name]
-        if kinds:
-            _FILL[kinds[0]](feature, values)
-
-
-def _kind(name: str, value: Any) -> str:
-    if isinstance(value, str) or (isinstance(value, dict) and value.keys() == {"b64"}):
-        return "bytes"
-    if isinstance(value, int) and -(2**63) <= value < 2**63:
-        return "int64"
-    if isinstance(value, int) and 0 < value < 2**64:
-        raise invalid_argument(f"Feature: {name} has uint64 element. Only int64 is supported.")
-    if isinstance(value, int | float):
-        return "float"
-    raise invalid_argument(
-        f"Feature: {name} has element with unexpected JSON type: {_json_type(value)}"
-    )
-
-
-def _fill_floats(feature: Any, values: list) -> None:
-    feature.float_list.value.extend(
-        json_tensors.parse_tensor(values, messages_pb2.DT_FLOAT).tolist()
-    )
-
-
-def _fill_bytes(feature: Any, values: list) -> None:
-    feature.bytes_list.value.extend(
-        json_tensors.parse_tensor(values, messages_pb2.DT_STRING).tolist()
-    )
-
-
-def _fill_integers(feature: Any, values: list) -> None:
-    feature.int64_list.value.extend(map(int, values))
-
-
-_FILL: dict[str, Callable[[Any, list], None]] = {
-    "float": _fill_floats,
-    "bytes": _fill_bytes,
-    "int64": _fill_integers,
-}
-
-
-def _json_type(value: Any) -> str:
-    return str(value) if isinstance(value, bool) else json_tensors.JSON_TYPES[type(value)]
+    return f'{{\n    "results": [{", ".join(method.rows(result))}]\n}}'.encode()

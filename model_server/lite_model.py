@@ -20,9 +20,8 @@ from tfserving import messages_pb2 as pb
 from . import metrics, tensors
 from .batching import BatchingParameters, BatchScheduler
 from .errors import ServingError, invalid_argument
-from .servable import DEFAULT_SIGNATURE, Servable
+from .servable import DEFAULT_SIGNATURE, LITE_FILE, Servable
 
-FILE = "model.tflite"
 # The most rows that TensorFlow Serving shares out among the interpreters of its pools.
 SHARED_ROWS = 500
 # Where TensorFlow's converter for SavedModels once kept their signatures, and TensorFlow Serving
@@ -62,7 +61,7 @@ class LiteModel(Servable):
         begin = metrics.now_us()
         num_pools = num_pools or cores()
         try:
-            content = (path / FILE).read_bytes()
+            content = (path / LITE_FILE).read_bytes()
             self._everywhere = _Runner(content, threads=cores())
             self._elsewhere: queue.LifoQueue[_Runner] = queue.LifoQueue()
             for _ in range(num_pools):
@@ -75,7 +74,7 @@ class LiteModel(Servable):
         except Exception as error:
             metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "fail")
             raise invalid_argument(
-                f"{path / FILE} is not a TensorFlow Lite model: {error}"
+                f"{path / LITE_FILE} is not a TensorFlow Lite model: {error}"
             ) from error
         self._changing = threading.Lock()
         self._requests = 0
@@ -99,18 +98,16 @@ class LiteModel(Servable):
             self._sharing.close()
 
     def _make_callable(
-        self, signature_name: str, outputs: tuple[str, ...]
+        self, fed: tuple[str, ...], fetched: tuple[str, ...]
     ) -> Callable[..., list[np.ndarray]]:
-        aliases = sorted(self.signatures[signature_name].inputs)
-
         def run(feeds: list[np.ndarray], timeout_ms: int = 0) -> list[np.ndarray]:
             with self._runner() as runner:
-                return runner.run(signature_name, dict(zip(aliases, feeds, strict=True)), outputs)
+                return runner.run(dict(zip(fed, feeds, strict=True)), fetched)
 
         def share(*feeds: np.ndarray) -> list[np.ndarray]:
             if not self._sharing:
                 return run(list(feeds))
-            key = (signature_name, outputs)
+            key = (fed, fetched)
             return self._sharing.run(key, self._sharing.parameters, run, list(feeds))
 
         return share
@@ -137,52 +134,41 @@ class _Runner:
     def __init__(self, content: bytes, threads: int):
         self._interpreter = Interpreter(model_content=content, num_threads=threads)
         self._interpreter.allocate_tensors()
-        self._offered = self._interpreter.get_signature_list()
         self._runner_of = functools.cache(self._interpreter.get_signature_runner)
         details = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        # Of the main graph, which a request may ask by the names of its tensors.
         self._inputs, self._outputs = ({each["name"]: each for each in side} for side in details)
+        self.placeholders = {name for name, each in self._inputs.items() if _is_resizable(each)}
+        # For each signature of LiteRT, the alias of each tensor by the name that it has here.
+        self._aliases: dict[str, dict[str, str]] = {}
         self.signatures = self._read_signatures(content)
-        self.placeholders = {
-            name for name, each in self._all_inputs() if -1 in each["shape_signature"]
-        }
 
-    def run(
-        self, signature_name: str, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...]
-    ) -> list[np.ndarray]:
-        """Run a signature on arrays by alias; return ``outputs`` in their order, as copies."""
+    def run(self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...]) -> list[np.ndarray]:
+        """Feed tensors by name; return ``outputs`` in their order, as copies."""
         try:
-            if signature_name in self._offered:
-                answer = self._runner_of(signature_name)(**inputs)
-                arrays = [answer[alias] for alias in outputs]
-            else:
-                arrays = self._run_main_graph(self.signatures[signature_name], inputs, outputs)
+            arrays = self._run(inputs, outputs)
         except (RuntimeError, ValueError) as error:
             raise ServingError(
                 grpc.StatusCode.INTERNAL, f"Failed to invoke TfLite interpreter: {error}"
             ) from error
         return [array.astype(object) if array.dtype.kind == "S" else array for array in arrays]
 
-    def _run_main_graph(
-        self, signature: Any, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...]
-    ) -> list[np.ndarray]:
-        interpreter = self._interpreter
-        indices = {alias: self._inputs[signature.inputs[alias].name]["index"] for alias in inputs}
-        for alias, array in inputs.items():
-            interpreter.resize_tensor_input(indices[alias], array.shape)
-        interpreter.allocate_tensors()
-        for alias, array in inputs.items():
-            interpreter.set_tensor(indices[alias], array)
-        interpreter.invoke()
-        return [
-            interpreter.get_tensor(self._outputs[signature.outputs[alias].name]["index"])
-            for alias in outputs
-        ]
-
-    def _all_inputs(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        yield from self._inputs.items()
-        for name in self._offered:
-            for each in self._runner_of(name).get_input_details().values():
-                yield each["name"], each
+    def _run(self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...]) -> list[np.ndarray]:
+        for name, aliases in self._aliases.items():
+            if aliases.keys() >= {*inputs, *outputs}:
+                answer = self._runner_of(name)(**{aliases[n]: a for n, a in inputs.items()})
+                return [answer[aliases[output]] for output in outputs]
+        if not (self._inputs.keys() >= inputs.keys() and self._outputs.keys() >= {*outputs}):
+            raise ServingError(
+                grpc.StatusCode.UNIMPLEMENTED, "These signatures have no graph in common."
+            )
+        for name, array in inputs.items():
+            self._interpreter.resize_tensor_input(self._inputs[name]["index"], array.shape)
+        self._interpreter.allocate_tensors()
+        for name, array in inputs.items():
+            self._interpreter.set_tensor(self._inputs[name]["index"], array)
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(self._outputs[name]["index"]) for name in outputs]
 
     def _read_signatures(self, content: bytes) -> dict[str, Any]:
         signatures = {
@@ -190,10 +176,18 @@ class _Runner:
         }
         for name, signature in signatures.items():
             self._correct_names(name, signature)
-        for name in self._offered:
+        for name in self._interpreter.get_signature_list():
             runner = self._runner_of(name)
-            sides = runner.get_input_details(), runner.get_output_details()
-            signatures[name] = _signature_def(*sides)
+            inputs, outputs = runner.get_input_details(), runner.get_output_details()
+            taken = {known for aliases in self._aliases.values() for known in aliases}
+            for details in (*inputs.values(), *outputs.values()):
+                if details["name"] in taken:  # in another graph
+                    details["name"] = f"{name}/{details['name']}"
+            self._aliases[name] = {
+                details["name"]: alias for alias, details in (*inputs.items(), *outputs.items())
+            }
+            self.placeholders |= {d["name"] for d in inputs.values() if _is_resizable(d)}
+            signatures[name] = _signature_def(inputs, outputs)
         if not signatures:
             named = [
                 {name.partition(":")[0]: each for name, each in side.items()}
@@ -222,6 +216,11 @@ class _Runner:
                         f"Signature {kind} {alias} references an unknown tensor: Unknown tensor "
                         f"'{info.name}'. (signature {name})",
                     )
+
+
+def _is_resizable(details: Mapping[str, Any]) -> bool:
+    """Say whether a tensor declares which of its sizes may change, which old files do not."""
+    return -1 in details["shape_signature"]
 
 
 def _signature_def(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:

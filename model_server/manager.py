@@ -374,8 +374,12 @@ class ModelManager:
                     model.changed.notify_all()
 
     def status(self, spec: Any) -> list[Version]:
-        """Return the versions that a ``ModelSpec`` selects, in whatever state, newest first."""
-        model, number = self._select(spec) if spec.name else (None, None)
+        """Return the version that a ``ModelSpec`` names, or all, in whatever state, newest first.
+
+        A label is not looked at.
+        """
+        model = self._models.get(spec.name)
+        number = spec.version.value if spec.HasField("version") else None
         versions: dict[int, Version] = {}
         if model is not None:
             with model.changed:

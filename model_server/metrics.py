@@ -3,6 +3,10 @@
 The metrics belong to the process, as TensorFlow Serving's do: servers in one process share them.
 The page is written here and not by prometheus_client, which would rename every counter and put the
 labels into another order.
+
+Of TensorFlow Serving's own families, ``mlmd_map`` and ``request_log_count`` are missing: keys of ML
+Metadata are not read, and requests are not logged. Of the families of TensorFlow's runtime and of
+batching there are only the ones below.
 """
 
 import threading
@@ -177,6 +181,7 @@ EXAMPLE_COUNTS = Histogram(
     ":tensorflow:serving:request_example_counts", "model", scale=1, growth=2, count=15
 )
 WARMUP_LATENCY = Histogram(":tensorflow:serving:model_warmup_latency", "model_path", "status")
+WARMUP_RECORDS = Counter(":tensorflow:serving:model_warmup_records_read", "model_path", "status")
 
 QUEUING_LATENCY = Histogram(
     *(":tensorflow:serving:batching_session:queuing_latency", "thread_pool_name"),

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import resource
 import socket
 import threading
 import time
@@ -23,9 +24,11 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Request, Response
 
 from tfserving import messages_pb2 as pb
+from tfserving import server_messages_pb2
 
-from . import inference, json_tensors, metrics, service
+from . import inference, metrics, service
 from .errors import ServingError, invalid_argument
+from .json_workers import JsonWorkers
 from .manager import ModelManager
 from .servable import DEFAULT_SIGNATURE
 
@@ -41,6 +44,7 @@ METHODS = {method.api.lower(): method for method in inference.METHODS.values()}
 POST_PATH = re.compile(rf"{_MODEL}:(?P<method>predict|{'|'.join(METHODS)})")
 # The start of a whole URL, which some clients send in place of a path, as they would to a proxy.
 ORIGIN = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)
+WEB_ORIGIN = re.compile(r"https?://")
 
 HTTP_STATUS = {
     grpc.StatusCode.CANCELLED: 499,
@@ -63,6 +67,8 @@ CORS_HEADERS = {
     "Access-Control-Allow-Headers": "Content-Type",
 }
 MAX_BODY_BYTES = 2**31 - 1
+MAX_CONNECTIONS = 1000
+FILES_FOR_OTHERS = 200  # how many files gRPC and models may open, of those that a process may
 MAX_UNPACKED_BYTES = 100 * 2**20  # a body of kilobytes can unpack to gigabytes
 
 
@@ -76,6 +82,7 @@ class RestApi:
     """
 
     manager: ModelManager
+    json: JsonWorkers
     timeout_ms: int = 30_000
     metrics_path: str | None = None
     check_method_name: bool = False
@@ -112,16 +119,24 @@ class RestApi:
         if path[:4].lower() != "/v1/":
             message = f"there is nothing at {path}; try /v1/models/NAME"
             raise ServingError(grpc.StatusCode.NOT_FOUND, message)
-        if self.with_cors and request.method == "OPTIONS":
-            return _json("")
-        if request.method == "POST" and (match := POST_PATH.fullmatch(path)):
-            with metrics.request(_decode(match["name"]), match["method"], "REST"):
+        pattern = {"POST": POST_PATH, "GET": GET_PATH}.get(request.method)
+        match = pattern.fullmatch(path) if pattern else None
+        name = _decode(match["name"]) if match else ""
+        with metrics.request(name, match.groupdict().get("method", "") if match else "", "REST"):
+            if request.method == "OPTIONS":
+                if not WEB_ORIGIN.search(request.headers.get("Origin", "")):
+                    raise ServingError(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        "Origin header is missing in CORS preflight",
+                    )
+                return _json("")
+            if match and request.method == "POST":
                 return _json(self._post(match, _body(request)))
-        if request.method == "GET" and (match := GET_PATH.fullmatch(path)):
-            return _json(self._metadata(match) if match["metadata"] else self._status(match))
-        if request.method == "GET" and path.lower() == "/v1/models":
-            raise invalid_argument("Missing model name in request.")
-        raise invalid_argument(f"Malformed request: {request.method} {path}")
+            if match:
+                return _json(self._metadata(match) if match["metadata"] else self._status(match))
+            if request.method == "GET" and path.lower() == "/v1/models":
+                raise invalid_argument("Missing model name in request.")
+            raise invalid_argument(f"Malformed request: {request.method} {path}")
 
     def _status(self, match: re.Match[str]) -> str:
         request = pb.GetModelStatusRequest(model_spec=_spec(match))
@@ -139,15 +154,19 @@ class RestApi:
             f'"metadata": {{"signature_def": {_message_to_json(signatures)}}}\n}}\n'
         )
 
-    def _post(self, match: re.Match[str], body: bytes) -> str:
+    def _post(self, match: re.Match[str], body: bytes) -> bytes:
         spec = _spec(match)
-        document = json_tensors.parse_body(body)
-        spec.signature_name = _signature_name(document)
-        if method := METHODS.get(match["method"]):
-            return self._infer(method, spec, document)
-        return self._predict(spec, document)
+        method = METHODS.get(match["method"])
+        with self.json.for_body(body) as call:
+            spec.signature_name = call("parse", body)
+            if method:
+                examples = server_messages_pb2.Input.FromString(call("examples"))
+            else:
+                inputs, rows = call("inputs", self._declared(spec))
+        return self._infer(method, spec, examples) if method else self._predict(spec, inputs, rows)
 
-    def _predict(self, spec: Any, document: dict[str, Any]) -> str:
+    def _declared(self, spec: Any) -> dict[str, int]:
+        """Return the ``DataType`` of each input of the signature that predict is to run."""
         name = spec.signature_name or DEFAULT_SIGNATURE
         with self.manager.servable(spec) as (_, servable):
             signature = servable.signatures.get(name)
@@ -160,29 +179,58 @@ class RestApi:
                     f"Failed to get input map for signature: {spec.signature_name or 'DEFAULT'}"
                 )
             service.check_method(signature, self.check_method_name)
-            inputs, rows = json_tensors.parse_inputs(document, signature.inputs)
-            with metrics.runtime(spec.name, "Predict"):
-                outputs = servable.predict(name, inputs, timeout_ms=self.timeout_ms)
-        return json_tensors.format_rows(outputs) if rows else json_tensors.format_columns(outputs)
+            return {alias: info.dtype for alias, info in signature.inputs.items()}
 
-    def _infer(self, method: inference.Method, spec: Any, document: dict[str, Any]) -> str:
-        request = method.request(model_spec=spec, input=inference.parse_input(document))
+    def _predict(self, spec: Any, inputs: dict[str, Any], rows: bool) -> bytes:
+        with (
+            self.manager.servable(spec) as (_, servable),
+            metrics.runtime(spec.name, "Predict"),
+        ):
+            outputs = servable.predict(spec.signature_name, inputs, timeout_ms=self.timeout_ms)
+        with self.json.for_outputs(outputs) as call:
+            return call("format_rows" if rows else "format_columns", outputs)
+
+    def _infer(self, method: inference.Method, spec: Any, examples: Any) -> bytes:
+        request = method.request(model_spec=spec, input=examples)
         response = service.infer(
             method, self.manager, self.check_method_name, request, self.timeout_ms
         )
         return inference.format_result(method, response.result)
 
 
+class _Server(waitress.server.TcpWSGIServer):
+    """Closes the connection that has been idle longest when there is no room for another.
+
+    Waitress itself would open none until one of them is closed: whoever holds them all shuts out
+    everybody.
+    """
+
+    def readable(self) -> bool:
+        """Say whether to accept a connection; waitress asks before each look at its sockets."""
+        if len(self._map) >= self.adj.connection_limit - 1:
+            idle = [
+                channel
+                for channel in self.active_channels.values()
+                if not (channel.requests or channel.total_outbufs_len or channel.will_close)
+            ]
+            if idle:
+                min(idle, key=lambda channel: channel.last_activity).will_close = True
+        return super().readable()
+
+
 class RestServer:
     """Runs an application on a bound socket, in threads of its own, until it is told to stop."""
 
     def __init__(self, app: Callable, bound_socket: socket.socket, num_threads: int):
-        self._server = waitress.server.create_server(
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._server = _Server(
             app,
-            sockets=[bound_socket],
+            _sock=bound_socket,
+            sockinfo=(bound_socket.family, bound_socket.type, 0, bound_socket.getsockname()),
+            bind_socket=False,
             threads=num_threads,
             ident=None,
-            connection_limit=1000,
+            connection_limit=min(MAX_CONNECTIONS, max(files - FILES_FOR_OTHERS, 64)),
             asyncore_use_poll=True,
             recv_bytes=2**20,
             max_request_body_size=MAX_BODY_BYTES,
@@ -228,16 +276,6 @@ def _body(request: Request) -> bytes:
     return unpacked
 
 
-def _signature_name(document: dict[str, Any]) -> str:
-    name = document.get("signature_name", "")
-    if not isinstance(name, str):
-        raise invalid_argument(
-            f"JSON Value: {json_tensors.show(name)} not formatted correctly. "
-            "'signature_name' key must be a string value."
-        )
-    return name
-
-
 def _spec(match: re.Match[str]) -> Any:
     """Make the ``ModelSpec`` of the model, version or label in an address."""
     spec = pb.ModelSpec(name=_decode(match["name"]))
@@ -269,7 +307,5 @@ def _error(error: ServingError) -> Response:
     return _json(json.dumps({"error": error.message}, indent=4), HTTP_STATUS.get(error.code, 500))
 
 
-def _json(body: str, status: int = 200) -> Response:
-    return Response(
-        body.encode("utf-8", "surrogateescape"), status, content_type="application/json"
-    )
+def _json(body: str | bytes, status: int = 200) -> Response:
+    return Response(body, status, content_type="application/json")

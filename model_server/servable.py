@@ -15,7 +15,8 @@ from .batching import BatchScheduler
 from .errors import ServingError, invalid_argument
 
 DEFAULT_SIGNATURE = "serving_default"
-
+# What --prefer_tflite_model looks for beside saved_model.pb.
+LITE_FILE = "model.tflite"
 
 _with_limits = ThreadPoolExecutor(max_workers=512, thread_name_prefix="run")
 
@@ -64,14 +65,38 @@ class Servable(abc.ABC):
         """
         signature = self.signature(signature_name)
         feeds = _feeds(signature, inputs, self._placeholders)
-        outputs = _outputs(signature, output_filter)
-        run = functools.partial(self._run, signature_name or DEFAULT_SIGNATURE, outputs)
-        if self._scheduler and self._batching:
-            key = (self, signature_name or DEFAULT_SIGNATURE, outputs)
-            arrays = self._scheduler.run(key, self._batching, run, feeds, timeout_ms)
-        else:
-            arrays = run(feeds, timeout_ms)
-        return dict(zip(outputs, arrays, strict=True))
+        aliases = _outputs(signature, output_filter)
+        names = _tensor_names(signature.inputs, sorted(signature.inputs))
+        arrays = self._batch(names, _tensor_names(signature.outputs, aliases), feeds, timeout_ms)
+        return dict(zip(aliases, arrays, strict=True))
+
+    def predict_together(
+        self,
+        outputs: Mapping[str, Sequence[str]],
+        inputs: Mapping[str, Any],
+        timeout_ms: int = 0,
+    ) -> list[dict[str, np.ndarray]]:
+        """Run several signatures, each on the same inputs, in one run of the graph.
+
+        ``outputs`` maps the name of each signature to the aliases of its outputs to compute.
+        Raises ServingError for everything that can be wrong.
+        """
+        tensors_fed: dict[str, np.ndarray] = {}
+        fetches: dict[str, None] = {}
+        for name, aliases in outputs.items():
+            signature = self.signature(name)
+            feeds = _feeds(signature, inputs, self._placeholders)
+            names = _tensor_names(signature.inputs, sorted(signature.inputs))
+            tensors_fed |= zip(names, feeds, strict=True)
+            fetches |= dict.fromkeys(_tensor_names(signature.outputs, aliases))
+        arrays = self._batch(
+            tuple(tensors_fed), tuple(fetches), list(tensors_fed.values()), timeout_ms
+        )
+        fetched = dict(zip(fetches, arrays, strict=True))
+        return [
+            {alias: fetched[self.signature(name).outputs[alias].name] for alias in aliases}
+            for name, aliases in outputs.items()
+        ]
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -79,22 +104,36 @@ class Servable(abc.ABC):
 
     @abc.abstractmethod
     def _make_callable(
-        self, signature_name: str, outputs: tuple[str, ...]
+        self, fed: tuple[str, ...], fetched: tuple[str, ...]
     ) -> Callable[..., list[np.ndarray]]:
-        """Make a function of a signature's inputs, in the order of their names.
+        """Make a function of the tensors ``fed`` that returns those ``fetched``, both by name.
 
-        It returns ``outputs`` in their order, and raises ServingError for what the engine refuses.
+        It raises ServingError for what the engine refuses.
         """
+
+    def _batch(
+        self,
+        fed: tuple[str, ...],
+        fetched: tuple[str, ...],
+        feeds: list[np.ndarray],
+        timeout_ms: int,
+    ) -> list[np.ndarray]:
+        """Feed and fetch tensors of the graph by name, together with others who do if batching."""
+        run = functools.partial(self._run, fed, fetched)
+        if self._scheduler and self._batching:
+            key = (self, fed, fetched)
+            return self._scheduler.run(key, self._batching, run, feeds, timeout_ms)
+        return run(feeds, timeout_ms)
 
     def _run(
         self,
-        signature_name: str,
-        outputs: tuple[str, ...],
+        fed: tuple[str, ...],
+        fetched: tuple[str, ...],
         feeds: list[np.ndarray],
         timeout_ms: int,
     ) -> list[np.ndarray]:
         begin = metrics.now_us()
-        run = self._callable(signature_name, outputs)
+        run = self._callable(fed, fetched)
         arrays = run(*feeds) if not timeout_ms else _within(timeout_ms, run, feeds)
         metrics.GRAPH_RUNS.increment()
         metrics.GRAPH_RUN_TIME.increment(by=round(metrics.now_us() - begin))
@@ -117,6 +156,10 @@ def _within(
         ) from error
 
 
+def _tensor_names(infos: Mapping[str, Any], aliases: Iterable[str]) -> tuple[str, ...]:
+    return tuple(infos[alias].name for alias in aliases)
+
+
 def _names(aliases: Iterable[str]) -> str:
     return "{" + ",".join(sorted(aliases)) + "}"
 
@@ -124,7 +167,7 @@ def _names(aliases: Iterable[str]) -> str:
 def _feeds(
     signature: Any, inputs: Mapping[str, Any], placeholders: Collection[str]
 ) -> list[np.ndarray]:
-    """Order the inputs as ``_make_callable`` expects them, and check each against its declaration.
+    """Order the inputs by their aliases, and check each against its declaration.
 
     The shape of a placeholder is checked because some of TensorFlow's kernels end the whole process
     when a tensor has not the rank that they were built for.

@@ -80,6 +80,7 @@ class ModelServer:
         self._stopping = threading.Event()
         self._grpc_server: Any = None
         self._rest_server: Any = None
+        self._json_workers: Any = None
         # Bound but not listening: while TensorFlow is imported and the model loaded, nobody else
         # can take the ports, and clients find them closed.
         self._grpc_socket = _reserve(self.port, "--port")
@@ -128,6 +129,8 @@ class ModelServer:
             self._manager.stop(0)
         if self._batch_scheduler:
             self._batch_scheduler.close()
+        if self._json_workers:
+            self._json_workers.close()
         self._grpc_socket.close()
         if self._rest_socket:
             self._rest_socket.close()
@@ -251,9 +254,12 @@ class ModelServer:
 
     def _load(self, path: Path) -> Any:
         """Load ``model.tflite`` if it is there and preferred, and the SavedModel otherwise."""
-        from . import lite_model, saved_model
+        from . import saved_model
+        from .servable import LITE_FILE
 
-        if self.prefer_tflite_model and (path / lite_model.FILE).exists():
+        if self.prefer_tflite_model and (path / LITE_FILE).exists():
+            from . import lite_model
+
             return lite_model.LiteModel(
                 path,
                 self.num_tflite_pools,
@@ -278,7 +284,7 @@ class ModelServer:
             self.enforce_session_run_timeout,
         )
         self._grpc_socket.close()
-        self._listen(f"0.0.0.0:{self.port}", credentials)
+        self._listen(f"0.0.0.0:{self.port}", credentials)  # for gRPC, all addresses of IPv6, too
         if self.grpc_socket_path:
             self._listen(f"unix:{self.grpc_socket_path}", credentials)
         self._grpc_server.start()
@@ -305,10 +311,12 @@ class ModelServer:
 
     def _open_rest(self, bound_socket: socket.socket, metrics_path: str | None) -> None:
         """Open the REST API, with the metrics at ``metrics_path`` unless that is None."""
-        from . import rest_api
+        from . import json_workers, rest_api
 
+        self._json_workers = json_workers.JsonWorkers()
         app = rest_api.RestApi(
             self._manager,
+            self._json_workers,
             max(0, self.rest_api_timeout_in_ms),
             metrics_path,
             self.enable_signature_method_name_check,
@@ -348,15 +356,21 @@ class ModelServer:
 
 
 def _reserve(port: int, flag: str) -> socket.socket:
-    """Bind a port on all addresses without listening; port 0 means any free one."""
+    """Bind a port on all addresses of IPv4 and IPv6 without listening; port 0 means any free one.
+
+    Where the system has no IPv6, it is IPv4 alone.
+    """
     with socket.socket() as probe:
         # Some systems let two programs bind the same port on different addresses.
         if port and probe.connect_ex(("127.0.0.1", port)) == 0:
             raise _port_error(port, flag, errno.EADDRINUSE)
-    bound = socket.socket()
+    both = socket.has_dualstack_ipv6()
+    bound = socket.socket(socket.AF_INET6 if both else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind(("0.0.0.0", port))
+        if both:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind(("::" if both else "0.0.0.0", port))
     except OSError as error:
         bound.close()
         raise _port_error(port, flag, error.errno) from error

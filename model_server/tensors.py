@@ -1,7 +1,6 @@
 """TensorProto to NumPy array and back, without a Python loop over the values."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -47,11 +46,6 @@ def dtype_name(data_type: int) -> str:
     """Name a ``DataType`` as TensorFlow's C++ messages do: ``float``, ``double``, ``uint8``."""
     known = data_type in pb.DataType.values()
     return pb.DataType.Name(data_type)[3:].lower() if known else f"unknown dtype {data_type}"
-
-
-def shape_name(shape: Sequence[int]) -> str:
-    """Write a shape as TensorFlow's C++ messages do: ``[2,3]``."""
-    return "[" + ",".join(map(str, shape)) + "]"
 
 
 def from_proto(proto: Any) -> np.ndarray:

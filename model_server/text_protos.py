@@ -14,6 +14,6 @@ def read(path: str | Path, message: Any) -> Any:
         raise ValueError(f"cannot read {path}: {error}") from error
     except text_format.ParseError as error:
         raise ValueError(
-            f"{path} is not a {type(message).DESCRIPTOR.name} in text format: "
+            f"{path}: Error parsing text-format {type(message).DESCRIPTOR.full_name}: "
             f"{str(error).strip()} (line:column)"
         ) from error

@@ -49,6 +49,7 @@ def replay(servable: Servable, path: Path, iterations: int = 1) -> int:
     except DecodeError as error:
         raise invalid_argument(f"Failed to parse warmup record {count} of {file}") from error
     metrics.WARMUP_LATENCY.observe(metrics.now_us() - begin, str(path), "OK")
+    metrics.WARMUP_RECORDS.increment(str(path), "OK", by=count)
     return count
 
 

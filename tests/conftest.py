@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers.basics import ROOT, describe_model, free_port
+from helpers.forked import ForkedModelServer
 from helpers.servers import Server, wait_until_available, wait_until_ready
 from helpers.serving import Client
 
@@ -32,21 +33,10 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Start processes that log to a file; every one is ended when the tests are over."""
+def started() -> Iterator[list[Server]]:
+    """What the tests start; every process is ended when the tests are over."""
     servers: list[Server] = []
-
-    def start(command: list[str], http: str, grpc: str = "", **env: str) -> Server:
-        log = tmp_path_factory.mktemp("server") / "log.txt"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdout=stream, stderr=stream, env={**os.environ, **env}
-            )
-        server = Server(http, grpc, process=process, log=log)
-        servers.append(server)
-        return server
-
-    yield start
+    yield servers
     for server in servers:  # all are told to end, then all are waited for
         server.process.terminate()
     for server in servers:
@@ -54,8 +44,28 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S
 
 
 @pytest.fixture(scope="session")
-def start_model_server(launch: Callable[..., Server]) -> Callable[..., Server]:
-    """Start ``python -m model_server`` on free ports and wait until its model is AVAILABLE."""
+def launch(
+    started: list[Server], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Server]:
+    """Start processes that log to a file."""
+
+    def start(command: list[str], http: str, grpc: str = "", **env: str) -> Server:
+        log = tmp_path_factory.mktemp("server") / "log.txt"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=stream, stderr=stream, env={**os.environ, **env}
+            )
+        started.append(Server(http, grpc, process=process, log=log))
+        return started[-1]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def start_model_server(
+    started: list[Server], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Server]:
+    """Start a model server on free ports and wait until its model is AVAILABLE."""
 
     def start(
         base_path: Path,
@@ -66,16 +76,18 @@ def start_model_server(launch: Callable[..., Server]) -> Callable[..., Server]:
         **env: str,
     ) -> Server:
         grpc_port, rest_port = ports or (free_port(), free_port())
-        server = launch(
-            [
-                *(sys.executable, "-m", "model_server"),
-                *(f"--port={grpc_port}", f"--rest_api_port={rest_port}"),
-                *(f"--model_name={model_name}", f"--model_base_path={base_path}", *flags),
-            ],
+        log = tmp_path_factory.mktemp("server") / "log.txt"
+        own = [
+            *(f"--port={grpc_port}", f"--rest_api_port={rest_port}"),
+            *(f"--model_name={model_name}", f"--model_base_path={base_path}", *flags),
+        ]
+        server = Server(
             http=f"http://127.0.0.1:{rest_port}",
             grpc=f"127.0.0.1:{grpc_port}",
-            **env,
+            process=ForkedModelServer(own, log, {**os.environ, **env}),
+            log=log,
         )
+        started.append(server)
         if wait:
             wait_until_available(server, model_name)
         return server

@@ -5,23 +5,29 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import boto3
 import kubernetes_validate
+import nbformat
 import pytest
 import yaml
+from botocore.session import get_session
 from helpers.basics import ROOT
+from moto import mock_aws
 
 from eks import cost, images, publish
-from eks.account import Cluster, Problem
+from eks.account import Cluster, Problem, reported
 
 CLUSTER = Cluster.read()
 CONFIG = yaml.safe_load((ROOT / "eks/cluster.yaml").read_text())
 GROUPS = {group["name"]: group for group in CONFIG["managedNodeGroups"]}
 NODE_GROUP = "eks.amazonaws.com/nodegroup"  # the label that EKS gives every managed node
 KUBERNETES = "1.36"
+AUTOSCALER, LESSON = "HorizontalPodAutoscaler", ROOT / "notebooks/09-eks.ipynb"
 
 # What eksctl's reference documents of v1alpha5 and this file uses: keys, and types of values.
 FREE = "any keys, strings"
@@ -31,6 +37,7 @@ NODES = {
     **dict.fromkeys(("volumeEncrypted", "privateNetworking", "disableIMDSv1"), bool),
     "disablePodIMDS": bool,
     "ssh": {"allow": bool},
+    "iam": {"attachPolicyARNs": [str]},
     "taints": [{"key": str, "value": str, "effect": str}],
 }
 SCHEMA = {
@@ -39,6 +46,7 @@ SCHEMA = {
     "metadata": {"name": str, "region": str, "version": str, "tags": FREE},
     "upgradePolicy": {"supportType": str},
     "accessConfig": {"authenticationMode": str},
+    "autoModeConfig": {"enabled": bool},
     "vpc": {
         "nat": {"gateway": str},
         "clusterEndpoints": {"privateAccess": bool, "publicAccess": bool},
@@ -117,6 +125,23 @@ def test_nodes_are_of_a_family_that_eks_runs_and_reachable_by_nobody() -> None:
     assert not GROUPS["cpu"].get("taints"), "coredns and metrics-server must find a place"
 
 
+def test_no_shell_on_nodes_and_no_permissions_of_pods() -> None:
+    """eksctl adds Session Manager's and the network's policy, unless a group has a list."""
+    nodes = {"AmazonEKSWorkerNodePolicy", "AmazonEC2ContainerRegistryPullOnly"}
+    for name, group in GROUPS.items():
+        arns = group["iam"]["attachPolicyARNs"]
+        assert {arn.removeprefix("arn:aws:iam::aws:policy/") for arn in arns} == nodes, name
+    addons = {addon["name"]: addon for addon in CONFIG["addons"]}
+    # Otherwise nobody could give pods their addresses.
+    assert addons["vpc-cni"]["useDefaultPodIdentityAssociations"] is True
+
+
+def test_nodes_come_and_go_by_hand_only() -> None:
+    assert CONFIG["autoModeConfig"] == {"enabled": False}, "eksctl is to change its default"
+    cpu = GROUPS["cpu"]
+    assert cpu["minSize"] == cpu["desiredCapacity"] == cpu["maxSize"]
+
+
 def test_private_networking_and_nat_go_together() -> None:
     private = {group["privateNetworking"] for group in GROUPS.values()}
     assert private == {CONFIG["vpc"]["nat"]["gateway"] != "Disable"}
@@ -128,6 +153,75 @@ def test_the_addons_are_there_and_network_policies_are_enforced() -> None:
         *("vpc-cni", "coredns", "kube-proxy", "metrics-server", "eks-pod-identity-agent"),
     }
     assert json.loads(addons["vpc-cni"]["configurationValues"]) == {"enableNetworkPolicy": "true"}
+
+
+# --- Who may run it ------------------------------------------------------------------------------
+
+POLICY = json.loads((ROOT / "eks/iam-policy.json").read_text())
+LOOKS = re.compile(":(Describe|Get|List)")
+
+
+def test_the_policy_is_one_that_iam_takes() -> None:
+    with mock_aws():
+        iam = boto3.client("iam", region_name=CLUSTER.region)
+        made = iam.create_policy(PolicyName="lesson", PolicyDocument=json.dumps(POLICY))
+        assert made["Policy"]["Arn"]
+        for change in ({"Effect": "Maybe"}, {"Action": "ecr DescribeImages"}, {"Resource": "x"}):
+            wrong = {**POLICY, "Statement": [{**POLICY["Statement"][0], **change}]}
+            with pytest.raises(iam.exceptions.MalformedPolicyDocumentException):
+                iam.create_policy(PolicyName="wrong", PolicyDocument=json.dumps(wrong))
+    assert len(json.dumps(POLICY, separators=(",", ":"))) <= 6144, "IAM's limit"
+    names = [statement["Sid"] for statement in POLICY["Statement"]]
+    assert len(set(names)) == len(names)
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def test_the_policy_names_actions_that_there_are() -> None:
+    """By the operations that the library knows, and what is only a permission."""
+    session = get_session()
+    clients = {"tag": ["resourcegroupstaggingapi"], "elasticloadbalancing": ["elb", "elbv2"]}
+    clients |= {"servicequotas": ["service-quotas"]}
+    actions = [action for each in POLICY["Statement"] for action in listed(each["Action"])]
+    known = {"cloudformation:TagResource", "iam:PassRole"}
+    for prefix in {action.partition(":")[0] for action in actions}:
+        for name in clients.get(prefix, [prefix]):
+            operations = session.get_service_model(name).operation_names
+            known |= {f"{prefix}:{operation}" for operation in operations}
+    for action in actions:
+        assert any(each.startswith(action.rstrip("*")) for each in known), action
+        assert "*" in action or action in known, action
+
+
+def test_the_policy_reaches_this_cluster_and_no_other() -> None:
+    everywhere = {"Look", "CreateClusters", "NetworkAndNodes", "TeardownOfWhatHasTheTag"}
+    for statement in POLICY["Statement"]:
+        arns = listed(statement["Resource"])
+        assert (arns == ["*"]) == (statement["Sid"] in everywhere)
+        for arn in arns if arns != ["*"] else []:
+            _, _, service, region, _, thing = arn.split(":", 5)
+            assert region == ("" if service == "iam" else CLUSTER.region)
+            shared = ("parameter/aws/service/*", "role/aws-service-role/*", "oidc-provider/*")
+            own = (f"eksctl-{CLUSTER.name}-", f"/{CLUSTER.name}", f"{CLUSTER.project}/")
+            assert thing in shared or any(each in thing for each in own), arn
+        changes = [each for each in listed(statement["Action"]) if not LOOKS.search(each)]
+        assert arns != ["*"] or not changes or statement["Condition"]
+    conditions = json.dumps([each.get("Condition") for each in POLICY["Statement"]])
+    assert set(re.findall('RequestedRegion": "([^"]*)"', conditions)) == {CLUSTER.region}
+    assert set(re.findall('ResourceTag/project": "([^"]*)"', conditions)) == {CLUSTER.project}
+
+
+def test_roles_may_get_no_permissions_but_those_of_the_cluster() -> None:
+    (attaching,) = [
+        each for each in POLICY["Statement"] if "iam:AttachRolePolicy" in each["Action"]
+    ]
+    allowed = set(attaching["Condition"]["ArnEquals"]["iam:PolicyARN"])
+    nodes = {arn for group in GROUPS.values() for arn in group["iam"]["attachPolicyARNs"]}
+    ours = {"AmazonEKSClusterPolicy", "AmazonEKSVPCResourceController", "AmazonEKS_CNI_Policy"}
+    assert allowed == nodes | {f"arn:aws:iam::aws:policy/{name}" for name in ours}
+    assert not re.search("iam:(Put|Create(Policy|User|AccessKey))", json.dumps(POLICY))
 
 
 # --- What it costs -------------------------------------------------------------------------------
@@ -152,13 +246,48 @@ def test_every_instance_type_has_a_price() -> None:
     assert {group["instanceType"] for group in GROUPS.values()} < set(cost.PRICES)
 
 
-def test_the_program_prints_costs_by_hour_and_day() -> None:
-    command = [sys.executable, "-m", "eks.cost", "--nodes", "gpu=1", "--price", "g4dn.xlarge=2"]
+def test_credits_are_what_busy_nodes_cost_on_top() -> None:
+    """A t3.large is paid for 30 % of its two cores."""
+    prices = {"CPU credit": 10}
+    assert cost.credit_costs(CLUSTER, prices) == pytest.approx(2 * 2 * 0.7 * 10)
+    assert cost.credit_costs(CLUSTER, prices, {"cpu": 3, "gpu": 1}) == pytest.approx(3 * 14)
+    steady = [{**group, "instanceType": "m6a.large"} for group in CLUSTER.node_groups]
+    assert cost.credit_costs(replace(CLUSTER, node_groups=steady), prices) == 0
+
+
+def run_cost(*arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "eks.cost", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"1 × g4dn.xlarge \(gpu\) +│ +2\.014 │ +48\.33", done.stdout), done.stdout
-    wrong = subprocess.run([*command, "--nodes", "tpu=1"], cwd=ROOT, capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr) == (1, "eks/cluster.yaml has no node group tpu.\n")
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_program_prints_costs_by_hour_and_day() -> None:
+    status, printed, error = run_cost("--nodes", "gpu=1", "--price", "g4dn.xlarge=2")
+    assert status == 0, error
+    assert re.search(r"1 × g4dn.xlarge \(gpu\) +│ +2\.014 │ +48\.33", printed), printed
+    assert "credits of t3.large, while all cores are busy: 0.140 $ an hour on top" in printed
+    assert run_cost("--nodes", "tpu=1") == (1, "", "eks/cluster.yaml has no node group tpu.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--price t3.lage=1", "Nothing here is called t3.lage: --price knows CPU credit, "),
+        ("--price t3.large=nan", "invalid price value: 't3.large=nan'"),
+        ("--price t3.large=-1", "invalid price value"),
+        ("--price t3.large", "invalid price value"),
+        ("--nodes gpu=1.5", "invalid count value: 'gpu=1.5'"),
+        ("--nodes cpu=-1", "invalid count value"),
+    ],
+)
+def test_prices_and_counts_that_mean_nothing_are_refused(
+    arguments: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cost", *arguments.split()])
+    with suppress(SystemExit):
+        assert reported(cost.main) == 1
+    printed = capsys.readouterr()
+    assert sentence in printed.err and not printed.out
 
 
 # --- The overlays --------------------------------------------------------------------------------
@@ -191,18 +320,80 @@ def test_pods_are_bound_to_node_groups_that_take_them(objects: list[dict[str, An
         assert any(gpus) == (group is GROUPS["gpu"]), name
 
 
+# What a node of two cores has for pods, in thousandths of a core, and what EKS's own pods ask for:
+# network, proxy and agent on each node; two of CoreDNS and two of metrics-server on any.
+ALLOCATABLE, ON_EACH, ON_ANY = 2000 - 70, 50 + 100, [100, 100, 100, 100]
+
+
+def fit(pods: list[int], nodes: int) -> bool:
+    """Whether pods find room, the largest first, each on the emptiest node."""
+    room = [ALLOCATABLE - ON_EACH] * nodes
+    for pod in sorted([*pods, *ON_ANY], reverse=True):
+        room.sort()
+        room[-1] -= pod
+    return min(room) >= 0
+
+
 def test_the_pods_find_room_on_the_nodes(objects: list[dict[str, Any]]) -> None:
-    """With a fifth of each t3.large for the system, and as many GPU nodes as the group may have."""
-    milli = 0
-    for name, autoscaler in named(objects, "HorizontalPodAutoscaler").items():
-        pod = named(objects, "Deployment")[name]["spec"]["template"]["spec"]
+    """As many as autoscalers may ask for, and what a rollout adds."""
+    deployments, scalers = (named(objects, kind) for kind in ("Deployment", AUTOSCALER))
+    pods = []
+    for name, deployment in deployments.items():
+        pod = deployment["spec"]["template"]["spec"]
         if pod["nodeSelector"][NODE_GROUP] == "cpu":
             request = pod["containers"][0]["resources"]["requests"]["cpu"]
             assert request.endswith("m")
-            milli += autoscaler["spec"]["minReplicas"] * int(request[:-1])
-    assert 0 < milli <= GROUPS["cpu"]["desiredCapacity"] * 2000 * 0.8
-    replicas = named(objects, "Deployment")["model-server"]["spec"].get("replicas", 0)
-    assert replicas <= GROUPS["gpu"]["maxSize"]
+            surge = deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+            pods += (scalers[name]["spec"]["maxReplicas"] + surge) * [int(request[:-1])]
+    assert pods and fit(pods, GROUPS["cpu"]["desiredCapacity"])
+    assert not fit([500] * 8, 2), "eight of half a core do not fit beside what EKS runs"
+
+
+def test_what_needs_a_gpu_is_said_with_the_same_number_everywhere() -> None:
+    """Pods, nodes, both commands, the quota and the lesson's costs."""
+    overlay, cluster = ROOT / "eks/gpu/kustomization.yaml", ROOT / "eks/cluster.yaml"
+    objects = kustomize(overlay.parent)
+    servers = named(objects, "Deployment")["model-server"]["spec"]
+    (container,) = servers["template"]["spec"]["containers"]
+    scaler = named(objects, AUTOSCALER).get("model-server", {"spec": {}})["spec"]
+    pods = scaler.get("maxReplicas", servers.get("replicas", 1))
+    assert scaler.get("minReplicas", pods) == pods
+    wanted = pods * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert wanted == GROUPS["gpu"]["maxSize"]
+    for path in (overlay, cluster):
+        (said,) = re.findall(r"--name gpu --nodes (\d+)", path.read_text())
+        assert int(said) == wanted, path
+    lesson = "".join(cell.source for cell in nbformat.read(LESSON, as_version=4).cells)
+    assert int(re.findall(r"^GPU_NODES = (\d+)", lesson, re.M)[0]) == wanted
+    vcpus = 4 * wanted  # a g4dn.xlarge has four
+    assert f"(L-DB2E81BA, in vCPUs) must be {vcpus} for" in cluster.read_text()
+
+
+def test_readme_and_lesson_say_what_the_files_say() -> None:
+    """Dollars, maxima and shares that stand in a text and follow from a file."""
+    readme, cells = (ROOT / "README.md").read_text(), nbformat.read(LESSON, as_version=4).cells
+    lesson = "".join(cell.source for cell in cells)
+    hourly, gpu = cost.hourly_costs(CLUSTER), cost.hourly_costs(CLUSTER, nodes={"gpu": 1})
+    dollars, words = sum(hourly.values()), ["no", "one", "two", "three", "four", "five"]
+    credit = cost.credit_costs(CLUSTER)
+    assert f"about {dollars:.2f} $ an hour, or {24 * dollars:.0f} $ a day, without a GPU" in readme
+    assert f"and {sum(gpu.values()) - dollars:.2f} $ an hour more for each GPU node" in readme
+    assert f"their CPU credits cost up to {credit:.2f} $ an hour more" in readme
+    _, paid = cost.BURSTABLE[GROUPS["cpu"]["instanceType"]]
+    assert f"covers {100 * paid:.0f} % of its two cores" in lesson
+    assert f"at {words[round(100 * cost.PRICES['CPU credit'])]} cents for a core" in lesson
+    for name, group in (("CPU", "cpu"), ("GPU", "gpu")):
+        price = cost.PRICES[GROUPS[group]["instanceType"]]
+        assert f"{name}_NODE_DOLLARS = {price}\n" in lesson
+    scalers = named(kustomize(ROOT / "eks"), AUTOSCALER)
+    gateways, servers = (
+        words[scalers[each]["spec"]["maxReplicas"]] for each in ("gateway", "model-server")
+    )
+    assert f"stop at {gateways} gateways and {servers} model servers" in lesson
+    assert f"There are {words[GROUPS['cpu']['maxSize']]} nodes" in lesson
+    vcpus = 4 * GROUPS["gpu"]["maxSize"]
+    assert f'quota of {vcpus} vCPUs for "Running On-Demand G and VT instances"' in readme
+    assert f'"Running On-Demand G and VT instances" must be {vcpus}.' in lesson
 
 
 def test_the_load_balancer_admits_nobody_until_asked_and_carries_the_tag(

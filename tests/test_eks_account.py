@@ -12,25 +12,33 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import boto3
 import pytest
 import requests
 import yaml
+from botocore.loaders import create_loader
 from helpers.basics import ROOT, eventually, free_port
+from moto.iam.access_control import IAMPolicy, PermissionResult
 from moto.server import ThreadedMotoServer
 from test_eks import kustomize, named
 
-from eks.account import Cluster
+from eks import publish, teardown
+from eks.account import Cluster, reported
 
+PROGRAMS = {"publish": publish.main, "teardown": teardown.main}
 CLUSTER = Cluster.read()
 ACCOUNT = "123456789012"  # moto's
 IMAGES = ["clothing-gateway:001", "clothing-model:001"]
@@ -75,6 +83,7 @@ class Aws:
         self.delays: dict[str, float] = {}
         self.replies: dict[str, Any] = {}
         self.asked: list[str] = []
+        self.actions: set[str] = set()
 
     def client(self, name: str) -> Any:
         """A client of moto itself, past the errors."""
@@ -82,20 +91,48 @@ class Aws:
         make: Any = boto3.client
         return make(name, region_name=CLUSTER.region, endpoint_url=self.moto, **keys)
 
-    def start(self, program: str, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
-        own = {key: value for key, value in {**self.env, **env}.items() if value is not None}
+    def command(self, program: str, *arguments: str) -> list[str]:
         if program == "publish":
             arguments = ("--overlay", str(self.folder / "overlay"), *arguments)
-        command = [sys.executable, "-m", f"eks.{program}", *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=ROOT, text=True, env=own, **pipes)  # type: ignore[call-overload]
+        return [f"eks.{program}", *arguments]
+
+    def environment(self, **env: str | None) -> dict[str, str]:
+        return {key: value for key, value in {**self.env, **env}.items() if value is not None}
+
+    def start(self, program: str, *arguments: str, **env: str | None) -> subprocess.Popen[str]:
+        """Start a program in a process of its own, as a reader does."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *self.command(program, *arguments)],
+            cwd=ROOT,
+            text=True,
+            env=self.environment(**env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(self, program: str, *arguments: str, status: int = 0, **env: str | None) -> str:
-        """Run a program, and return what it prints: its output, or the error it must end with."""
-        process = self.start(program, *arguments, **env)
+        """Run a program, and return what it prints: its output, or the error it must end with.
+
+        It runs in this process, which has boto3 loaded, with the program's own environment.
+        """
+        with (
+            patch.dict(os.environ, self.environment(**env), clear=True),
+            patch.object(sys, "argv", self.command(program, *arguments)),
+            patch.object(tempfile, "tempdir", None),  # where TMPDIR says, which is read once
+            redirect_stdout(StringIO()) as output,
+            redirect_stderr(StringIO()) as error,
+        ):
+            ended = reported(PROGRAMS[program])
+        return self.check(output.getvalue(), error.getvalue(), ended, status)
+
+    def finish(self, process: subprocess.Popen[str], status: int = 0) -> str:
+        """Wait for a program that was started, and return what `run` returns."""
         output, error = process.communicate(timeout=240)
+        return self.check(output, error, process.returncode, status)
+
+    def check(self, output: str, error: str, ended: int, status: int) -> str:
         print(output, error)
-        assert process.returncode == status
+        assert ended == status
         assert "Traceback" not in error and SECRET not in output + error
         assert f"{ACCOUNT}-auth-token" not in output + error
         return output if status == 0 or not error else error
@@ -114,6 +151,13 @@ def moto() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_loader() -> Iterator[None]:
+    """What botocore knows of AWS's services is read once, not by every session anew."""
+    with patch("botocore.session.create_loader", cache(create_loader)):
+        yield
+
+
 @pytest.fixture
 def aws(moto: str, tmp_path: Path) -> Iterator[Aws]:
     requests.post(f"{moto}/moto-api/reset", timeout=60).raise_for_status()
@@ -128,6 +172,8 @@ def aws(moto: str, tmp_path: Path) -> Iterator[Aws]:
             form = re.search(rb"Action=(\w+)", body)
             operation = target or (form[1].decode() if form else f"{self.command} {self.path}")
             account.asked.append(operation)
+            signed = re.search("/([a-z0-9-]+)/aws4_request", self.headers.get("Authorization", ""))
+            account.actions.add(f"{signed[1] if signed else ''}:{operation}")
             time.sleep(account.delays.get(operation, 0))
             if operation in account.replies:
                 self.send_response(200)
@@ -174,7 +220,8 @@ def aws(moto: str, tmp_path: Path) -> Iterator[Aws]:
 
 
 def test_publish_makes_repositories_and_an_overlay_that_renders(aws: Aws) -> None:
-    output = aws.run("publish", "--no-push", "--allow", "203.0.113.7/32", "--account", ACCOUNT)
+    options = ["--no-push", "--allow", "203.0.113.7/32", "--account", ACCOUNT]
+    output = aws.finish(aws.start("publish", *options))
     assert "admit 203.0.113.7/32" in output
     ecr = aws.client("ecr")
     found = aws.repositories()
@@ -387,6 +434,7 @@ def test_errors_on_the_way_are_explained(
         ({"AWS_SECRET_ACCESS_KEY": None}, "Your AWS credentials are incomplete"),
         ({"AWS_PROFILE": "elsewhere"}, "elsewhere"),
         ({"AWS_DEFAULT_REGION": "eu-west-3"}, "says eu-west-3 and eks/cluster.yaml says us-west-2"),
+        ({"AWS_REGION": "eu-west-3"}, "says eu-west-3 and eks/cluster.yaml says us-west-2"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "AWS cannot be reached"),
     ],
 )
@@ -396,6 +444,11 @@ def test_what_is_wrong_with_the_configuration_is_said(
     assert sentence in aws.run("publish", "--no-push", status=1, **env)
     assert sentence in aws.run("teardown", status=1, **env)
     assert aws.repositories() == {}
+
+
+def test_the_region_that_aws_and_eksctl_would_take_is_the_one_that_counts(aws: Aws) -> None:
+    aws.env |= {"AWS_REGION": CLUSTER.region, "AWS_DEFAULT_REGION": "eu-west-3"}
+    assert aws.run("teardown", "--dry-run").startswith(f"account {ACCOUNT}, {CLUSTER.region}, ")
 
 
 def test_another_account_is_refused(aws: Aws) -> None:
@@ -591,6 +644,10 @@ def test_a_tag_is_never_given_to_another_image(
 # --- teardown ------------------------------------------------------------------------------------
 
 QUICK = ["--poll", "0.1", "--timeout", "30"]
+NOTHING = (
+    f"0 left with the tag project={CLUSTER.project}\n"
+    f"0 things without that tag bear the name {CLUSTER.name}\n"
+)
 
 
 class Cloud:
@@ -609,6 +666,11 @@ class Cloud:
             self.eks.create_nodegroup(
                 clusterName=name, nodegroupName=group, subnets=[self.subnet], nodeRole=role
             )
+
+    def delete_cluster(self) -> None:
+        for group in ("cpu", "gpu"):
+            self.eks.delete_nodegroup(clusterName=CLUSTER.name, nodegroupName=group)
+        self.eks.delete_cluster(name=CLUSTER.name)
 
     def make_stacks(self, cluster: str = CLUSTER.name, tags: list[dict[str, str]] = OURS) -> None:
         """What eksctl leaves when only the cluster itself is deleted."""
@@ -634,6 +696,34 @@ class Cloud:
         self.elb.create_load_balancer(
             LoadBalancerName=name, Listeners=[listener], Subnets=[self.subnet], Tags=tags
         )
+
+    def make_target_group(self, name: str, tags: list[dict[str, str]]) -> str:
+        """Make the part of a load balancer that knows the nodes; return its ARN."""
+        vpc = self.aws.client("ec2").describe_vpcs()["Vpcs"][0]["VpcId"]
+        answer = self.elbv2.create_target_group(
+            Name=name, Protocol="TCP", Port=80, VpcId=vpc, Tags=tags
+        )
+        return str(answer["TargetGroups"][0]["TargetGroupArn"])
+
+    def make(self, kind: str, tags: list[dict[str, str]]) -> str:
+        """Make something of EC2's, and return its id."""
+        ec2 = self.aws.client("ec2")
+        tagged = {"TagSpecifications": [{"ResourceType": kind, "Tags": tags}]}
+        if kind == "instance":
+            image = ec2.describe_images()["Images"][0]["ImageId"]
+            answer = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, **tagged)
+            return str(answer["Instances"][0]["InstanceId"])
+        if kind == "volume":
+            zone = f"{CLUSTER.region}a"
+            return str(ec2.create_volume(AvailabilityZone=zone, Size=1, **tagged)["VolumeId"])
+        if kind == "network-interface":
+            answer = ec2.create_network_interface(SubnetId=self.subnet, **tagged)
+            return str(answer["NetworkInterface"]["NetworkInterfaceId"])
+        if kind == "security-group":
+            answer = ec2.create_security_group(GroupName="x", Description="x", **tagged)
+            return str(answer["GroupId"])
+        assert kind == "vpc"
+        return str(ec2.create_vpc(CidrBlock="10.0.0.0/16", **tagged)["Vpc"]["VpcId"])
 
     def make_foreign(self) -> None:
         """Names like ours, without the tag, or of another cluster."""
@@ -777,7 +867,7 @@ def test_teardown_deletes_everything_in_order_and_nothing_else(
         vanish()
 
     kubernetes.on_delete = threading.Thread(target=late, daemon=True).start
-    output = aws.run("teardown", *QUICK)
+    output = aws.finish(aws.start("teardown", *QUICK))
     assert kubernetes.deleted == ["/api/v1/namespaces/clothes/services/gateway"]
     assert kubernetes.tokens == {"Bearer token-of-the-cluster"}
     # While the load balancer was still there, so was the cluster whose controller deletes it.
@@ -787,7 +877,7 @@ def test_teardown_deletes_everything_in_order_and_nothing_else(
     places = [output.index(words) for words in [*order, "repository", "0 left with the tag"]]
     assert places == sorted(places)
     assert not list(aws.folder.rglob("kubeconfig"))
-    assert aws.run("teardown", *QUICK).endswith(f"0 left with the tag project={CLUSTER.project}\n")
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
 
 
 def test_a_load_balancer_that_does_not_vanish_keeps_the_cluster(
@@ -868,16 +958,132 @@ def test_a_dry_run_of_teardown_lists_all_and_deletes_nothing(aws: Aws, cloud: Cl
         assert name in output
 
 
-def test_what_is_left_is_named(aws: Aws, cloud: Cloud) -> None:
-    ec2 = aws.client("ec2")
-    kind = [{"ResourceType": "instance", "Tags": OURS}]
-    image = ec2.describe_images()["Images"][0]["ImageId"]
-    instance = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, TagSpecifications=kind)
-    name = instance["Instances"][0]["InstanceId"]
+def test_a_target_group_whose_load_balancer_is_gone_is_deleted(aws: Aws, cloud: Cloud) -> None:
+    theirs = cloud.make_target_group("theirs", [{"Key": "project", "Value": "x"}])
+    ours = cloud.make_target_group("ours", OURS)
+    assert f"would delete {ours}\n1 in all" in aws.run("teardown", "--dry-run")
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+    left = cloud.elbv2.describe_target_groups()["TargetGroups"]
+    assert [each["TargetGroupArn"] for each in left] == [theirs]
+
+
+def test_a_target_group_goes_after_its_load_balancer(aws: Aws, cloud: Cloud) -> None:
+    cloud.make_load_balancer("ours", OURS)
+    target = cloud.make_target_group("ours", OURS)
+    (balancer,) = cloud.elbv2.describe_load_balancers()["LoadBalancers"]
+    cloud.elbv2.create_listener(
+        LoadBalancerArn=balancer["LoadBalancerArn"],
+        **{"Protocol": "TCP", "Port": 80},
+        DefaultActions=[{"Type": "forward", "TargetGroupArn": target}],
+    )
+    output = aws.run("teardown", *QUICK)
+    assert output.index("load balancers gone") < output.index(f"{target} deleted")
+    assert cloud.elbv2.describe_target_groups()["TargetGroups"] == []
+
+
+@pytest.mark.parametrize("kind", ["instance", "volume", "network-interface", "security-group"])
+def test_what_a_dry_run_would_delete_is_deleted(aws: Aws, cloud: Cloud, kind: str) -> None:
+    """Although no load balancer, cluster, stack or repository takes it along."""
+    name = cloud.make(kind, OURS)
+    assert re.search(f"would delete arn:.*:{kind}/{name}\n", aws.run("teardown", "--dry-run"))
+    output = aws.run("teardown", *QUICK)
+    assert f"{kind}/{name} deleted" in output and output.endswith(NOTHING)
+
+
+def test_what_is_part_of_another_cluster_stays(aws: Aws, cloud: Cloud) -> None:
+    """Although it has the tag: a second cluster of the same project, under another name."""
+    other = {"Key": "kubernetes.io/cluster/other", "Value": "owned"}
+    of_eksctl = {"Key": "alpha.eksctl.io/cluster-name", "Value": "other"}
+    instance, volume = cloud.make("instance", [*OURS, other]), cloud.make("volume", [*OURS, other])
+    names = [instance, volume, cloud.make("security-group", [*OURS, of_eksctl])]
+    dry = aws.run("teardown", "--dry-run")
     output = aws.run("teardown", "--poll", "0.1", "--timeout", "1", status=1)
-    assert f"instance/{name}\n1 left with the tag" in output
-    ec2.terminate_instances(InstanceIds=[name])
-    assert "0 left with the tag" in aws.run("teardown", *QUICK)
+    for name in names:
+        assert re.search(f"would leave arn:.*/{name}: delete it by hand\n", dry)
+        assert f"/{name}\n" in output and f"{name} deleted" not in output
+
+
+def test_a_launch_template_is_deleted_and_stays_deleted(aws: Aws) -> None:
+    """AWS's list by tag goes on naming it for a while."""
+    ec2 = aws.client("ec2")
+    made = ec2.create_launch_template(LaunchTemplateName="x", LaunchTemplateData={})
+    name = made["LaunchTemplate"]["LaunchTemplateId"]
+    arn = f"arn:aws:ec2:{CLUSTER.region}:{ACCOUNT}:launch-template/{name}"
+    mapping = {"ResourceARN": arn, "Tags": OURS}
+    aws.replies["GetResources"] = {"PaginationToken": "", "ResourceTagMappingList": [mapping]}
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+    assert ec2.describe_launch_templates()["LaunchTemplates"] == []
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+
+
+def test_what_cannot_be_deleted_is_named_with_the_cause(aws: Aws, cloud: Cloud) -> None:
+    network, volume = cloud.make("vpc", OURS), cloud.make("volume", OURS)
+    output = aws.run("teardown", "--dry-run")
+    prefix = f"arn:aws:ec2:{CLUSTER.region}:{ACCOUNT}"
+    assert f"would leave {prefix}:vpc/{network}: delete it by hand\n" in output
+    aws.errors["DeleteVolume"] = (400, "VolumeInUse")
+    output = aws.run("teardown", "--poll", "0.1", "--timeout", "1", status=1)
+    assert f"{prefix}:volume/{volume}: AWS answers DeleteVolume with VolumeInUse" in output
+    assert f"{prefix}:vpc/{network}\n2 left with the tag" in output
+    aws.errors.clear()
+    aws.client("ec2").delete_vpc(VpcId=network)
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+
+
+def test_what_bears_the_name_without_the_tag_is_named_and_kept(aws: Aws, cloud: Cloud) -> None:
+    """Nothing of it costs nothing, and a tag that somebody else may have set is no proof."""
+    kinds = ("volume", "network-interface", "security-group")
+    names = [cloud.make(kind, [OF_CLUSTER]) for kind in kinds]
+    network = {"Key": "cluster.k8s.amazonaws.com/name", "Value": CLUSTER.name}
+    names.append(cloud.make("network-interface", [network]))
+    names.append(cloud.make_target_group("named", [OF_CLUSTER]))
+    cloud.make_load_balancer("named", [OF_CLUSTER])
+    cloud.make("network-interface", [{**network, "Value": "other"}])
+    logs = aws.client("logs")
+    for name in (CLUSTER.name, f"{CLUSTER.name}-2"):
+        logs.create_log_group(logGroupName=f"/aws/eks/{name}/cluster")
+    names += ["/named/", f"log group /aws/eks/{CLUSTER.name}/cluster\n"]
+    before = cloud.state()
+    output = aws.run("teardown", *QUICK, status=1)
+    assert all(re.search(f"without the tag: .*{re.escape(name)}", output) for name in names)
+    assert (
+        "0 left with the tag" in output and f"{len(names)} things without that tag bear" in output
+    )
+    assert cloud.state() == before
+
+    cloud.make_cluster()
+    output = aws.run("teardown", "--dry-run")  # which lists what the cluster will not take along
+    assert f"without the tag: {names[0]}\n" in output and "2 things without" in output
+    cloud.delete_cluster()
+    cloud.make_cluster(tags={"project": "something-else"})
+    assert "0 things without" in aws.run("teardown", "--dry-run"), "they may be that cluster's"
+
+
+def test_the_policy_allows_what_publish_and_teardown_do(aws: Aws, cloud: Cloud) -> None:
+    """Action by action, whatever the resource; for EKS, by the cluster in the path."""
+    cloud.make_cluster()
+    cloud.make_stacks()
+    cloud.make_load_balancer("late", OURS)
+    cloud.make_target_group("ours", OURS)
+    for kind in ("instance", "volume", "network-interface", "security-group"):
+        cloud.make(kind, OURS)
+    aws.run("publish", "--no-push")
+    cloud.delete_cluster()
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+    cloud.make_cluster()
+    assert aws.run("teardown", *QUICK).endswith(NOTHING)
+    statements = json.loads((ROOT / "eks/iam-policy.json").read_text())["Statement"]
+    wide = [{**each, "Resource": "*", "Condition": {}} for each in statements]
+    policy = IAMPolicy(json.dumps({"Statement": wide}))
+    for action in aws.actions:
+        service, _, operation = action.partition(":")
+        if service == "eks":
+            assert operation.split()[1].startswith(f"/clusters/{CLUSTER.name}"), operation
+        else:
+            action = action.replace("tagging:", "tag:")
+            assert policy.is_action_permitted(action) == PermissionResult.PERMITTED, action
+    assert {"ec2:DeleteVolume", "ecr:CreateRepository", "logs:DescribeLogGroups"} <= aws.actions
+    assert policy.is_action_permitted("ec2:CreateVolume") == PermissionResult.NEUTRAL
 
 
 def test_what_is_gone_is_not_believed_to_be_left(aws: Aws, cloud: Cloud) -> None:

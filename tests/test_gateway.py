@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote
@@ -59,12 +61,32 @@ class PictureHost(WebHost):
         except OSError:
             pass
 
+    def send_raw_location(self, location: bytes) -> None:
+        self.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n")
+
     def do_GET(self):
         self.visits.append(self.path)
         page, _, argument = self.path.strip("/").partition("/")
         match page:
             case "picture.png":
                 self.answer(200, PICTURE)
+            case "broken-gzip":
+                self.answer(200, b"no gzip", Content_Encoding="gzip")
+            case "cut":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + PICTURE)
+            case "says" if argument == "nothing":
+                pass
+            case "says":
+                self.wfile.write(unquote(argument).encode())
+            case "status":
+                self.answer(int(argument), PICTURE)
+            case "hints":
+                self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+                self.answer(200, PICTURE)
+            case "h%C3%BChe" | "h%FChe":
+                self.answer(200, PICTURE)
+            case "picky" if "contact@a.example" in self.headers["User-Agent"]:
+                self.answer(200 if "image/" in self.headers.get("Accept", "") else 406, PICTURE)
             case "gzip":
                 self.answer(200, gzip.compress(PICTURE), Content_Encoding="gzip")
             case "chunked":
@@ -78,6 +100,10 @@ class PictureHost(WebHost):
                 self.answer(302, b"", Location="/picture.png")
             case "redirect":
                 self.answer(302, b"", Location=f"/redirect/{int(argument) - 1}")
+            case "elsewhere-utf8":
+                self.send_raw_location("/hühe".encode())
+            case "elsewhere-latin1":
+                self.send_raw_location("/hühe".encode("latin-1"))
             case "elsewhere":
                 self.answer(301, b"", Location=unquote(argument))
             case "large":
@@ -130,6 +156,7 @@ def gateway(start_gateway, model_server, pictures, closed) -> Server:
         IMAGE_MAX_BYTES=str(MAX_BYTES),
         IMAGE_MAX_PIXELS="1000000",
         IMAGE_TIMEOUT_SECONDS="1",
+        IMAGE_CONTACT="contact@a.example",
     )
 
 
@@ -138,8 +165,9 @@ def send(gateway: Server, picture: bytes, **options) -> requests.Response:
     return requests.post(f"{gateway.http}/predict", files=files, timeout=30, **options)
 
 
-def link(gateway: Server, *urls: str, **options) -> requests.Response:
+def link(gateway: Server, *urls: str, preview=False, **options) -> requests.Response:
     body = {"url": urls[0]} if len(urls) == 1 else {"urls": urls}
+    body["preview"] = preview
     return requests.post(f"{gateway.http}/predict", json=body, timeout=30, **options)
 
 
@@ -210,11 +238,18 @@ def test_urls(gateway, pictures):
         ("missing", 502, "link-failed"),
     ],
 )
-def test_of_several_pictures_the_problem_names_one(gateway, pictures, page, status, cause):
-    links = [f"http://{pictures}/{each}" for each in ("picture.png", "picture.png", page)]
-    detail = assert_problem(link(gateway, *links), status, cause)["detail"]
-    alone = assert_problem(link(gateway, links[-1]), status, cause)["detail"]
-    assert detail == f"Picture 3 of 3: {alone}"
+def test_of_several_pictures_each_is_answered_on_its_own(gateway, pictures, page, status, cause):
+    """A problem stands in its picture's place; where there are only problems, it is the first."""
+    good, bad = f"http://{pictures}/picture.png", f"http://{pictures}/{page}"
+    problem = assert_problem(link(gateway, bad), status, cause)
+    first, second, third = link(gateway, good, bad, good, preview=True).json()
+    assert second.pop("seconds") and second == problem
+    expected = link(gateway, good).json()["predictions"]
+    for answer in (first, third):
+        assert answer["predictions"] == pytest.approx(expected, abs=1e-6)
+        assert answer["preview"].startswith("data:image/")
+    only_bad = link(gateway, bad, f"http://{pictures}/other-problem")
+    assert assert_problem(only_bad, status, cause) == problem
 
 
 @pytest.mark.parametrize("length", [65_536, 70_000, 200_000])
@@ -282,8 +317,8 @@ def test_formats(gateway, kind, mode):
     ids=["empty", "SVG", "half a PNG", "half a JPEG", "PPM", "ICO"],
 )
 def test_not_a_picture(gateway, content):
-    problem = assert_problem(send(gateway, content), 415, "not-a-picture")
-    assert "PNG" in problem["detail"]
+    detail = assert_problem(send(gateway, content), 415, "not-a-picture")["detail"]
+    assert "PNG" in detail or "damaged or incomplete" in detail or "empty" in detail
 
 
 @pytest.mark.parametrize(
@@ -313,8 +348,8 @@ def test_chunks_that_are_none(gateway, chunks, path, kind):
 
 def test_too_many_links_and_a_form_without_a_file(gateway, pictures):
     assert_problem(link(gateway, *[f"http://{pictures}/"] * 17), 400, "malformed-request")
-    response = requests.post(f"{gateway.http}/predict", files={"picture": PICTURE}, timeout=30)
-    assert_problem(response, 400, "malformed-request")
+    response = requests.post(f"{gateway.http}/predict", files={"note": (None, "hi")}, timeout=30)
+    assert "only: note" in assert_problem(response, 400, "malformed-request")["detail"]
 
 
 def post_form(gateway, parts: dict[bytes, bytes], boundary: str = "b", end: bytes = b"--b--"):
@@ -337,10 +372,65 @@ def post_form(gateway, parts: dict[bytes, bytes], boundary: str = "b", end: byte
         {b'filename="a.png"; name="file"\r\nContent-Type: image/png': PICTURE},
         {b'name="other"': b"\xff" * 999, b'name="file"; filename="a.png"': PICTURE},
         {b'name="file"; filename=""': b"", b'name="sample"': b"dress"},
+        {b'name="file"; filename=""': PICTURE},
+        {b'name="file"': PICTURE},
+        {b'name="file"\r\nContent-Type: image/png': PICTURE},
+        {b"name=\"file\"; filename*=UTF-8''%e8%a1%a3.jpg\r\nContent-Type: image/jpeg": PICTURE},
+        {b'name="file"; filename*0="h\xc3\xbc"; filename*1="he.jpg"': PICTURE},
+        {b'name="file"; filename="h\xf6he.jpg"': PICTURE},
+        {b'name="file"; filename="\x95\\.jpg"': PICTURE},
+        {b'name="image"; filename="a.png"': PICTURE, b'name="preview"': b"yes"},
+        {b'name="picture"\r\nContent-Type: image/png': PICTURE},
+        {b'filename="a.png"': PICTURE},
+        {b'name="image"; filename="a.png"': b"no picture", b'name="file"; filename="b"': PICTURE},
     ],
 )
 def test_forms(gateway, parts):
     assert post_form(gateway, parts).json()["top_class"] in CLASSES
+
+
+@pytest.mark.parametrize("kind", ["image/png", "image/jpeg", "IMAGE/x", "application/octet-stream"])
+def test_a_picture_alone(gateway, kind):
+    """It may come without a form around it, and its exact type does not matter."""
+    url, headers = f"{gateway.http}/predict", {"Content-Type": kind}
+    expected = facts(send(gateway, PICTURE))
+    for data in (PICTURE, iter([PICTURE[:50], PICTURE[50:]])):
+        assert facts(requests.post(url, data, headers=headers, timeout=30)) == expected
+    for data in (bytes(20_000_000), iter([bytes(65_536)] * 20)):
+        response = requests.post(url, data, headers=headers, timeout=30)
+        assert_problem(response, 413, "request-entity-too-large")
+    for data in (b"", b"no picture"):
+        response = requests.post(url, data, headers=headers, timeout=30)
+        assert_problem(response, 415, "not-a-picture")
+
+
+def test_a_link_in_a_urlencoded_form(gateway, pictures):
+    for body in ({"url": f"http://{pictures}/picture.png"}, {"sample": "dress", "preview": "yes"}):
+        response = requests.post(f"{gateway.http}/predict", data=body, timeout=30)
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": b""}, "0 bytes of no type"),
+        ({"data": PICTURE}, f"{len(PICTURE)} bytes of no type) is not a JSON object"),
+        ({"data": '{"url": nonsense}'}, "is not a JSON object"),
+        ({"data": {"link": "x"}}, "6 bytes of application/x-www-form-urlencoded"),
+        ({"json": {}}, "only: nothing"),
+        ({"json": {"link": "x", "size": 5}}, "only: link, size"),
+        ({"json": {"url": 5}}, "The url is not a text"),
+        ({"json": {"urls": "x"}}, "The urls are not a list of links"),
+        ({"json": {"urls": ["x"] * 17}}, "There are 17 links in urls"),
+        ({"json": {"sample": "ocelot"}}, "There is no sample ocelot"),
+        ({"files": {"one": PICTURE, "two": PICTURE}}, "The form has 2 files"),
+        ({"files": [("file", PICTURE), ("file", PICTURE)]}, "The form has 2 files"),
+    ],
+)
+def test_the_problem_says_what_came_and_what_is_wanted(gateway, options, said):
+    response = requests.post(f"{gateway.http}/predict", timeout=30, **options)
+    detail = assert_problem(response, 400, "malformed-request")["detail"]
+    assert said in detail and detail.endswith("or a picture itself as image/jpeg.")
 
 
 @pytest.mark.parametrize(
@@ -434,22 +524,54 @@ def test_redirects(gateway, pictures):
     assert PictureHost.visits == [f"/redirect/{n}" for n in (3, 2, 1, 0)]
 
 
+def test_what_browsers_follow_is_followed(gateway, pictures):
+    expected = facts(send(gateway, PICTURE))
+    for spaces in ("%s\n", "  %s", "\t%s\r\n", "\u00a0%s "):
+        assert facts(link(gateway, spaces % f"http://{pictures}/picture.png")) == expected
+    for page in ("elsewhere-utf8", "elsewhere-latin1", "hints", "status/203", "picky"):
+        assert facts(link(gateway, f"http://{pictures}/{page}")) == expected, page
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("broken-gzip", "not packed as it says"),
+        ("cut", "hung up before its answer was whole"),
+        ("says/nothing", "hung up without an answer"),
+        ("says/nonsense", "The host's answer is not HTTP"),
+        *((f"status/{code}", "save the picture, and send the file") for code in (403, 406, 429)),
+        ("status/404", "The picture's host answered 404"),
+        ("page", "This is a web page"),
+    ],
+)
+def test_what_hosts_do_is_told(gateway, pictures, page, said):
+    assert said in link(gateway, f"http://{pictures}/{page}").json()["detail"]
+
+
 def test_hosts_that_fail(gateway, pictures, closed):
     problem = assert_problem(link(gateway, f"http://{pictures}/nothing"), 502, "link-failed")
     assert "404" in problem["detail"]
-    assert_problem(link(gateway, f"http://{closed}/"), 502, "link-failed")
+    problem = assert_problem(link(gateway, f"http://{closed}/"), 502, "link-failed")
+    assert "The host does not answer" in problem["detail"]
     assert_problem(link(gateway, f"http://{pictures}/page"), 415, "not-a-picture")
 
 
-def test_one_bad_link_among_good_ones_is_named(gateway, pictures):
-    good, bad = f"http://{pictures}/picture.png", f"http://localhost:{pictures[-1]}/"
-    problem = assert_problem(link(gateway, good, bad, good), 400, "link-blocked")
-    assert "port" in problem["detail"]
-    problem = assert_problem(link(gateway, good, "http://10.1.2.3/"), 400, "link-blocked")
-    assert "http://10.1.2.3/" in problem["detail"]
+def test_bad_links_among_good_ones_are_named(gateway, pictures):
+    good, port = f"http://{pictures}/picture.png", f"http://localhost:{pictures[-1]}/"
     gone, slow = f"http://{pictures}/gone", f"http://{pictures}/silent"
-    assert gone in assert_problem(link(gateway, good, gone), 502, "link-failed")["detail"]
-    assert slow in assert_problem(link(gateway, good, slow), 504, "link-timeout")["detail"]
+    bad = {
+        "http://10.1.2.3/": "400 link-blocked",
+        port: "400 link-blocked",
+        gone: "502 link-failed",
+        slow: "504 link-timeout",
+        "nonsense": "400 link-malformed",
+    }
+    first, *problems, last = link(gateway, good, *bad, good).json()
+    assert first["top_class"] == last["top_class"]
+    for (url, told), problem in zip(bad.items(), problems, strict=True):
+        assert f"{problem['status']} {problem['type'].rpartition(':')[2]}" == told
+        assert url in problem["detail"]
+    assert "port" in problems[1]["detail"]
 
 
 @pytest.mark.parametrize("page", ["slow-body", "slow-header", "silent"])
@@ -752,17 +874,38 @@ def test_a_form_takes_room_until_its_files_are_closed(body, files):
     assert UploadBudget.left == before
 
 
+def test_a_picture_alone_takes_room_until_it_is_closed():
+    before = UploadBudget.left
+    *_, found = FormParser().parse(io.BytesIO(bytes(700_000)), "image/png", 700_000, {})
+    assert UploadBudget.left == before - 700_000
+    assert found["file"].read() == bytes(700_000)
+    found["file"].close()
+    assert UploadBudget.left == before
+
+
+def files_on_their_way() -> int:
+    """How many bytes this process has on disk for forms."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the folder's own
+            found += link.stat().st_size if "(deleted)" in os.readlink(link) else 0
+    return found
+
+
 def test_forms_that_do_not_fit_leave_their_room_at_once(monkeypatch):
-    monkeypatch.setattr(UploadBudget, "left", 1_000_000)
+    """Bytes are given back when they have left the disk, also while the refusal is still known."""
+    monkeypatch.setattr(UploadBudget, "left", 1_500_000)
     *_, kept = parse(form(bytes(600_000)))
+    room = files_on_their_way()
     for _ in range(3):
         with pytest.raises(Problem) as refused:
-            parse(form(bytes(700_000)))
-        assert refused.value.code == 503 and UploadBudget.left == 400_000
+            parse(form(bytes(1_200_000)))
+        assert refused.value.code == 503 and UploadBudget.left == 900_000
+        assert files_on_their_way() == room
     kept["file"].close()
-    *_, found = parse(form(bytes(700_000)))
+    *_, found = parse(form(bytes(1_200_000)))
     found["file"].close()
-    assert UploadBudget.left == 1_000_000
+    assert UploadBudget.left == 1_500_000 and files_on_their_way() < room
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,16 @@ def test_model_servers_let_gateways_in_whoever_else_could_get_out(clothes: list[
     assert admitted == {("gateway", 8500, "TCP")}
 
 
+def test_every_port_says_its_protocol(clothes: list[dict]) -> None:
+    """The API server would add it, and whoever applies again would be told of a change."""
+    policies = [*of_kind(clothes, "NetworkPolicy").values()]
+    policies.append(read(KUBE / "prometheus/prometheus-networkpolicy.yaml"))
+    for policy in policies:
+        rules = policy["spec"].get("ingress", []) + policy["spec"].get("egress", [])
+        for rule in rules:
+            assert all("protocol" in port for port in rule["ports"]), policy["metadata"]["name"]
+
+
 def test_prometheus_gets_one_edge_more(clothes: list[dict]) -> None:
     policy = read(KUBE / "prometheus/prometheus-networkpolicy.yaml")
     policy["metadata"]["namespace"] = namespace_of(clothes)

@@ -114,14 +114,24 @@ def test_every_object_has_its_labels_and_the_namespace(objects: list[dict]) -> N
         }
         name = each["metadata"]["name"]
         assert labels["part-of"] == namespace, name
+        if namespace != "ping":
+            assert labels["instance"] == namespace and labels["managed-by"] == "kustomize"
         if each["kind"] != "Namespace":
             assert each["metadata"]["namespace"] == namespace
         if name in NAMES and each["kind"] != "Namespace":
             assert (labels["component"], labels["name"]) == (name, NAMES[name])
     for name, deployment in of_kind(objects, "Deployment").items():
-        selector = {"matchLabels": {"app.kubernetes.io/name": NAMES[name]}}
-        assert deployment["spec"]["selector"] == selector
-        assert pod_labels(deployment).items() == deployment["metadata"]["labels"].items()
+        labels = pod_labels(deployment)
+        assert labels == deployment["metadata"]["labels"]
+        # A selector cannot be changed, so what changes, such as the version, is not part of it.
+        keys = {f"app.kubernetes.io/{each}" for each in ("name", "instance", "part-of")}
+        keys &= deployment["spec"]["selector"]["matchLabels"].keys()
+        assert deployment["spec"]["selector"] == {"matchLabels": {key: labels[key] for key in keys}}
+        assert {"app.kubernetes.io/name"} <= keys
+        if name != "ping":
+            assert {"app.kubernetes.io/instance"} <= keys
+            tag = container(deployment)["image"].partition(":")[2]
+            assert tag.removesuffix("-gpu") == labels["app.kubernetes.io/version"]
 
 
 def test_every_service_selects_one_deployment_and_a_port_that_its_pods_have(
@@ -203,6 +213,31 @@ def test_gateways_look_up_all_model_servers_by_a_service_that_is_there(
     assert COMPOSE["gateway"]["environment"]["TF_SERVING_HOST"] == host
 
 
+# --- What is applied -----------------------------------------------------------------------------
+
+KUSTOMIZATIONS = [path for path in FILES if path.name == "kustomization.yaml"]
+
+
+@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda path: str(path.parent.name))
+def test_every_folder_that_a_comment_has_applied_can_be_applied(path: Path) -> None:
+    text = path.read_text()
+    applied = re.findall(r"kubectl apply -k (?:\.\.\.|kube-config)/([\w/-]+)", text)
+    assert all((KUBE / each / "kustomization.yaml").exists() for each in applied)
+    kind = yaml.safe_load(text)["kind"]
+    assert (kind == "Component") == (path.parent.name == "component")
+    if kind == "Kustomization" and "https://" not in text:
+        assert str(path.parent.relative_to(KUBE)) in applied or "examples/canary/copy" in str(path)
+        assert run_kustomize(path.parent)
+
+
+def test_the_client_brings_its_namespace_and_brings_it_first() -> None:
+    objects = run_kustomize(KUBE / "client")
+    assert [each["kind"] for each in objects] == ["Namespace", "ConfigMap", "Pod"]
+    assert {each["metadata"]["namespace"] for each in objects[1:]} == {namespace_of(objects)}
+    for each in objects:
+        kubernetes_validate.validate(each, VERSIONS[-1], strict=True)
+
+
 # --- Another model, Kind, and the optional files -------------------------------------------------
 
 
@@ -223,8 +258,9 @@ def test_another_model_has_all_names_of_its_own(tmp_path: Path) -> None:
     assert images == ["leaf-gateway:001", "leaf-model:001"]
     paths = [each["httpGet"]["path"] for each in probes(model).values() if "httpGet" in each]
     assert sorted(paths) == ["/v1/models/leaf-model", "/v1/models/leaf-model/metadata"]
-    # What is left is the labels by which the base's objects find each other.
+    # What is left is the labels by which the base's objects find each other, and who may look.
     label = '"app.kubernetes.io/name": "clothing-(gateway|model)"'
+    label += '|"clothes-monitoring"'
     assert not re.search("cloth", re.sub(label, "", json.dumps(objects)))
 
 
@@ -274,11 +310,15 @@ def test_metrics_server_is_pinned_and_patched(tmp_path: Path) -> None:
 def test_the_route_leads_to_the_gateways_service(render: Callable) -> None:
     route = read(KUBE / "httproute/gateway-httproute.yaml")
     assert (route["apiVersion"], route["kind"]) == ("gateway.networking.k8s.io/v1", "HTTPRoute")
+    assert all({"group", "kind"} <= each.keys() for each in route["spec"]["parentRefs"])
     services = of_kind(render("base"), "Service")
     for rule in route["spec"]["rules"]:
         for backend in rule["backendRefs"]:
             known = [port["port"] for port in services[backend["name"]]["spec"]["ports"]]
             assert backend["port"] in known
+            # Without them the API server fills them in, and applying again would be a change.
+            assert {"group", "kind", "weight"} <= backend.keys()
+        assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/"}}]
         longest = sum(
             default(code, name)
             for code, name in (

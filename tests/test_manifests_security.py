@@ -21,7 +21,7 @@ __all__ = ["objects", "render"]  # fixtures
 
 VOLUMES = {
     *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
-    *("projected", "secret"),
+    *("projected", "secret", "image"),  # the last of them since Kubernetes 1.33
 }
 
 

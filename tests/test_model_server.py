@@ -422,6 +422,14 @@ def test_bad_status_request(
     assert refused(lambda: client.models.GetModelStatus(request)) == (code, details)
 
 
+def test_long_details_are_cut(client: Client) -> None:
+    name = "é" * 600
+    code, details = refused(lambda: client.predict(name))
+    whole = f'Serving signature key "{name}" not found.'
+    assert code == Code.FAILED_PRECONDITION
+    assert details == whole.encode()[:1024].decode("utf-8", "ignore") + "...TRUNCATED"
+
+
 def test_calls_that_are_not_covered_say_so(client: Client) -> None:
     def call(method: str) -> tuple[grpc.StatusCode, str]:
         return refused(lambda: client.channel.unary_unary(method, bytes, bytes)(b""))

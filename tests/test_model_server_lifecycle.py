@@ -1,5 +1,6 @@
 """The embedded model server from its first flag to its last request: start, versions, stop."""
 
+import importlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.basics import ROOT, eventually
 from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_up_request
 from helpers.model_server import ask, run_main, run_process, write_warm_up
-from helpers.servers import Server
+from helpers.servers import Addresses, Server
 from helpers.serving import Client, refused
 from tensorflow_serving.apis import model_management_pb2
 
@@ -281,6 +282,44 @@ def test_memory_of_a_version_goes_back_to_the_system(
     client.serve(base_path)
     left = memory()
     assert left - before < (loaded - before) / 2, [before, loaded, left]
+
+
+def replaced(graph: Path, old: bytes, new: bytes) -> None:
+    graph.write_bytes(graph.read_bytes().replace(old, new))
+
+
+TEXT = """
+from pathlib import Path
+
+graph = Path({graph!r})
+graph.write_bytes(graph.read_bytes().replace(b"Unknown_", b"Identity"))
+"""
+
+
+def test_packages_with_operations_are_imported_when_a_model_needs_them(
+    base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"--model_base_path={base_path}", "--max_num_load_retries=0", "--port=0"
+    graph = base_path / "1" / "saved_model.pb"
+    replaced(graph, b"Identity", b"Unknown_")
+    (tmp_path / "tensorflow_decision_forests.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = run_main(*flags)
+    assert outcome.status == 1
+    assert "Op type not registered 'Unknown_'" in outcome.stderr.splitlines()[-1]
+    assert "cannot import tensorflow_decision_forests: division by zero" in outcome.stderr
+    # This package gives the operation back its name, where a real one would register it.
+    (tmp_path / "tensorflow_text.py").write_text(TEXT.format(graph=str(graph)))
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "tensorflow_text", raising=False)
+    try:
+        with (
+            ModelServer(str(base_path), port=0) as server,
+            Client(Addresses("", f"127.0.0.1:{server.port}"), "default") as client,
+        ):
+            assert client.predict(x=ZERO).model_spec.version.value == 1
+    finally:
+        sys.modules.pop("tensorflow_text", None)
 
 
 def test_waits_for_a_first_version_and_says_where(

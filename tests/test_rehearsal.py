@@ -1,6 +1,6 @@
 """The rehearsal of manifests: what it does with real processes, and what it refuses."""
 
-import json
+import copy
 import re
 import signal
 import subprocess
@@ -52,7 +52,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     def start(objects: Manifests) -> Rehearsal:
         image = read_image("kube-config/ping/Dockerfile", "kube-config/ping")
         started.append(Rehearsal("ping", {"ping:001": image}))
-        started[-1].apply(yaml.safe_dump_all(objects))
+        started[-1].apply(objects)
         return started[-1]
 
     yield start
@@ -98,11 +98,11 @@ def test_ping_answers_behind_its_service(start: Start, ping: Manifests) -> None:
     rehearsal = start(ping)
     rehearsal.rollout_status("ping")
     pod = only_pod(rehearsal)
-    assert re.fullmatch(r"ping-[b-z2-9]{8}-[b-z2-9]{5}", pod.name)
+    assert re.fullmatch(r"ping-[0-9a-f]{8}-[b-z2-9]{5}", pod.name)
     eventually(lambda: rehearsal.endpoints["ping"] == [pod], "the endpoints are known")
     port = rehearsal.expose("ping", "http")
     assert rehearsal.expose("ping", 80) == port, "opened once"
-    for each in (port, rehearsal.forward("service/ping", 80)):
+    for each in (port, rehearsal.forward("ping", 80)):
         assert get(f"127.0.0.1:{each}") == "PONG\n"
     assert (pod.status, pod.ready, pod.restarts) == ("Running", True, 0)
     assert "Starting gunicorn" in pod.log.read_text()
@@ -113,16 +113,16 @@ def test_ping_answers_behind_its_service(start: Start, ping: Manifests) -> None:
 def test_a_tunnel_replaces_the_one_before_at_its_port(start: Start, ping: Manifests) -> None:
     rehearsal = start(ping)
     rehearsal.rollout_status("ping")
-    port = rehearsal.forward("service/ping", 80)
+    port = rehearsal.forward("ping", 80)
     rehearsal.delete_pod(only_pod(rehearsal).name)
     with pytest.raises(requests.ConnectionError):
         get(f"127.0.0.1:{port}")
     rehearsal.rollout_status("ping")
-    assert rehearsal.forward("service/ping", 80, port) == port
+    assert rehearsal.forward("ping", 80, port) == port
     assert get(f"127.0.0.1:{port}") == "PONG\n"
     busy = rehearsal.expose("ping")
     with pytest.raises(RuntimeError, match=f"Port {busy} is in use by .*, pid "):
-        rehearsal.forward("service/ping", 80, busy)
+        rehearsal.forward("ping", 80, busy)
 
 
 def test_a_killed_process_is_started_again_in_its_pod(start: Start, ping: Manifests) -> None:
@@ -161,9 +161,9 @@ def test_a_wrong_image_is_reported_and_replaces_nobody(
 ) -> None:
     rehearsal = start(ping)
     rehearsal.rollout_status("ping")
-    before, right = names(rehearsal), yaml.safe_dump_all(ping)
+    before, right = names(rehearsal), copy.deepcopy(ping)
     container_of(ping)["image"] = "ping:nobody-has-built-this"
-    rehearsal.apply(yaml.safe_dump_all(ping))
+    rehearsal.apply(ping)
     with pytest.raises(TimeoutError, match="timed out waiting for the condition"):
         rehearsal.rollout_status("ping", seconds=1)
     (broken,) = names(rehearsal) - before
@@ -179,7 +179,7 @@ def test_a_wrong_image_is_reported_and_replaces_nobody(
 def test_a_command_that_does_not_exist_is_reported(start: Start, ping: Manifests) -> None:
     container_of(ping)["command"] = ["no-such-command"]
     pod = only_pod(start(ping))
-    eventually(lambda: pod.status == "CrashLoopBackOff", "it backs off")
+    eventually(lambda: pod.status == "RunContainerError", "it cannot be started")
     assert "no-such-command" in events(pod)
     assert not pod.ready
 
@@ -222,6 +222,24 @@ def test_a_rolling_update_loses_no_request(start: Start, ping: Manifests) -> Non
     assert min(ready) >= 2
 
 
+def test_an_old_pod_goes_when_the_new_one_has_been_ready_for_long_enough(
+    start: Start, ping: Manifests
+) -> None:
+    deployment(ping)["minReadySeconds"] = 3600
+    rehearsal = start(ping)
+    eventually(lambda: only_pod(rehearsal).ready, "it is ready")
+    old = only_pod(rehearsal)
+    now = {"annotations": {"kubectl.kubernetes.io/restartedAt": "now"}}
+    rehearsal.change("ping", lambda spec: spec["template"]["metadata"].update(now))
+    eventually(lambda: [pod.ready for pod in rehearsal.pods()] == [True, True], "both are ready")
+    with pytest.raises(TimeoutError):
+        rehearsal.rollout_status("ping", 1)
+    assert old in rehearsal.pods() and not old.ending.is_set()
+    rehearsal.change("ping", lambda spec: spec.update(minReadySeconds=0))
+    rehearsal.rollout_status("ping")
+    assert old.ending.is_set()
+
+
 def test_a_pod_that_ignores_sigterm_is_killed_after_its_grace(
     start: Start, ping: Manifests
 ) -> None:
@@ -249,12 +267,15 @@ def test_a_pod_that_is_not_ready_gets_no_requests(start: Start, ping: Manifests)
     with pytest.raises(requests.ConnectionError):
         get(f"127.0.0.1:{rehearsal.expose('ping')}")
     with pytest.raises(ValueError, match="no pod of the Service ping is ready"):
-        rehearsal.forward("service/ping")
+        rehearsal.forward("ping", 80)
 
 
 def test_a_pod_that_does_not_live_is_started_again(start: Start, ping: Manifests) -> None:
     check = {"httpGet": {"path": "/absent", "port": "http"}}
     container_of(ping)["livenessProbe"] = check | {"periodSeconds": 1, "failureThreshold": 2}
+    # However slow the machine is, gunicorn listens before it is asked whether it lives.
+    started = {"httpGet": {"path": "/ping", "port": "http"}}
+    container_of(ping)["startupProbe"] = started | {"periodSeconds": 1, "failureThreshold": 60}
     pod = only_pod(start(ping))
     eventually(lambda: pod.restarts >= 1, "it is started again")
     assert sum(count for (*_, text), (*_, count) in pod.events.items() if "Liveness" in text) >= 2
@@ -283,21 +304,17 @@ def test_a_grpc_probe_asks_its_port(start: Start, ping: Manifests) -> None:
 
 
 def test_variables_come_from_where_the_manifest_says(start: Start, ping: Manifests) -> None:
-    about = {"apiVersion": "v1", "kind": "Secret"}
-    ping += [
-        about | {"metadata": {"name": "coded"}, "data": {"KEY": "c2VjcmV0"}},
-        about | {"metadata": {"name": "plain"}, "stringData": {"KEY": "also secret"}},
-    ]
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "keys"}}
+    ping.append(secret | {"stringData": {"KEY": "secret"}})
     container_of(ping)["env"] = [
         {"name": "COLOUR", "value": "red"},
-        {"name": "CODED", "valueFrom": {"secretKeyRef": {"name": "coded", "key": "KEY"}}},
-        {"name": "PLAIN", "valueFrom": {"secretKeyRef": {"name": "plain", "key": "KEY"}}},
+        {"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "KEY"}}},
         {"name": "CPUS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}},
     ]
     rehearsal = start(ping)
     rehearsal.rollout_status("ping")
-    done = rehearsal.exec(only_pod(rehearsal).name, "printenv", "COLOUR", "CODED", "PLAIN", "CPUS")
-    assert done.stdout.splitlines() == ["red", "secret", "also secret", "1"]
+    done = rehearsal.exec(only_pod(rehearsal).name, "printenv", "COLOUR", "KEY", "CPUS")
+    assert done.stdout.splitlines() == ["red", "secret", "1"]
 
 
 def test_what_a_pod_needs_and_nobody_has_is_named_and_waited_for(
@@ -310,10 +327,10 @@ def test_what_a_pod_needs_and_nobody_has_is_named_and_waited_for(
     pod = only_pod(rehearsal)
     eventually(lambda: pod.status == "CreateContainerConfigError", "it cannot be started")
     assert 'Warning Failed: secrets "keys" not found' in events(pod)
-    secret: dict[str, Any] = {"kind": "Secret", "metadata": {"name": "keys"}, "data": {}}
-    rehearsal.apply(yaml.safe_dump(secret))
+    secret: dict[str, Any] = {"kind": "Secret", "metadata": {"name": "keys"}, "stringData": {}}
+    rehearsal.apply([secret])
     eventually(lambda: "couldn't find key KEY in keys" in events(pod), "it lacks the key")
-    rehearsal.apply(yaml.safe_dump(secret | {"data": {"KEY": "c2VjcmV0"}}))
+    rehearsal.apply([secret | {"stringData": {"KEY": "secret"}}])
     eventually(lambda: pod.ready, "it was tried again")
     assert pod.restarts == 0
     assert rehearsal.exec(pod.name, "printenv", "KEY").stdout == "secret\n"
@@ -343,12 +360,12 @@ def test_a_name_that_leads_nowhere_yet_is_waited_for(
     rehearsal = start(ping)
     pod = only_pod(rehearsal)
     eventually(lambda: "no Deployment makes pods for the Service others yet" in events(pod), "")
-    others = json.loads(json.dumps(next(each for each in ping if each["kind"] == "Deployment")))
+    others = copy.deepcopy(next(each for each in ping if each["kind"] == "Deployment"))
     others["metadata"]["name"] = "others"
     others["spec"]["selector"] = {"matchLabels": label}
     others["spec"]["template"]["metadata"]["labels"] = label
     del others["spec"]["template"]["spec"]["containers"][0]["env"]
-    rehearsal.apply(yaml.safe_dump(others))
+    rehearsal.apply([others])
     eventually(lambda: pod.ready, "it was tried again")
     addresses = rehearsal.exec(pod.name, "printenv", "OTHERS").stdout.strip().split(",")
     (other,) = rehearsal.pods("others")
@@ -363,9 +380,20 @@ POD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "spec.template.spec.containers.livenessProbe.exec": lambda pod: pod["containers"][0].update(
         livenessProbe={"exec": {"command": ["true"]}}
     ),
-    "spec.template.spec.containers.lifecycle.preStop.httpGet.scheme": lambda pod: pod["containers"][
+    "spec.template.spec.containers.lifecycle.preStop: {'httpGet'": lambda pod: pod["containers"][
         0
-    ].update(lifecycle={"preStop": {"httpGet": {"path": "/", "scheme": "HTTPS"}}}),
+    ].update(lifecycle={"preStop": {"httpGet": {"path": "/"}}}),
+    "spec.template.spec.containers.livenessProbe.initialDelaySeconds": lambda pod: pod[
+        "containers"
+    ][0].update(livenessProbe={"initialDelaySeconds": 5}),
+    "spec.template.spec.containers.readinessProbe.successThreshold": lambda pod: pod["containers"][
+        0
+    ].update(readinessProbe={"successThreshold": 2}),
+    "spec.template.spec.containers.env.valueFrom.resourceFieldRef.resource: limits.memory": (
+        lambda pod: pod["containers"][0].update(
+            env=[{"name": "A", "valueFrom": {"resourceFieldRef": {"resource": "limits.memory"}}}]
+        )
+    ),
     "spec.template.spec.containers.envFrom": lambda pod: pod["containers"][0].update(
         envFrom=[{"secretRef": {"name": "a"}}]
     ),
@@ -397,7 +425,8 @@ def test_what_is_not_rehearsed_is_refused_in_a_sentence(what: str, ping: Manifes
     ("kind", "field", "value"),
     [
         ("Deployment", "strategy.type", "Recreate"),
-        ("Deployment", "minReadySeconds", 5),
+        ("Deployment", "strategy.rollingUpdate", {"maxSurge": "50%"}),
+        ("Deployment", "progressDeadlineSeconds", 5),
         ("Service", "sessionAffinity", "ClientIP"),
     ],
 )
@@ -411,18 +440,25 @@ def test_other_ways_of_a_cluster_are_refused(
         manifests.refuse_unknown(manifest)
 
 
-@pytest.mark.parametrize("folder", ["base", "kind", "gpu", "ping", "../eks"])
+def test_a_coded_secret_and_a_port_that_is_not_declared_are_refused(ping: Manifests) -> None:
+    secret = {"kind": "Secret", "metadata": {"name": "keys"}, "data": {"KEY": "c2VjcmV0"}}
+    with pytest.raises(ValueError, match=r"^secret/keys has data, which is not rehearsed\.$"):
+        manifests.refuse_unknown(secret)
+    container_of(ping)["livenessProbe"] = {"grpc": {"port": 9000}}
+    with pytest.raises(ValueError, match=r"^the container ping declares no port 9000$"):
+        manifests.refuse_unknown(next(each for each in ping if each["kind"] == "Deployment"))
+
+
+@pytest.mark.parametrize("folder", ["base", "single-node", "embedded", "gpu", "ping", "../eks"])
 def test_nothing_of_our_own_manifests_is_refused(folder: str) -> None:
     for each in run_kustomize(KUBE / folder):
         if each["kind"] in ("Deployment", "Service"):
             manifests.refuse_unknown(each)
 
 
-@pytest.mark.parametrize(
-    ("text", "number"), [("250m", 0.25), ("64Mi", 2**26), ("1.5", 1.5), ("2G", 2e9), (3, 3)]
-)
-def test_quantities(text: str | float, number: float) -> None:
-    assert manifests.quantity(text) == number
+@pytest.mark.parametrize(("quantity", "number"), [("250m", 0.25), ("1.5", 1.5), (3, 3)])
+def test_quantities_of_cpu(quantity: str | float, number: float) -> None:
+    assert manifests.cpus(quantity) == number
 
 
 def test_commands_come_from_the_dockerfile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +502,7 @@ def test_the_clothes_are_classified_by_both_model_servers(
     }
     rehearsal = Rehearsal("clothes", images)
     try:
-        rehearsal.apply(yaml.safe_dump_all(run_kustomize(KUBE / "base")))
+        rehearsal.apply(run_kustomize(KUBE / "base"))
         for name in ("model-server", "gateway"):
             rehearsal.rollout_status(name, seconds=300)
         eventually(lambda: rehearsal.endpoints["gateway"], "the endpoints are known")
@@ -495,7 +531,7 @@ from workbook.manifests import read_image
 from workbook.rehearsal import Rehearsal
 image = read_image("kube-config/ping/Dockerfile", "kube-config/ping")
 rehearsal = Rehearsal("ping", {"ping:001": image})
-rehearsal.apply(sys.stdin.read())
+rehearsal.apply([*yaml.safe_load_all(sys.stdin)])
 rehearsal.rollout_status("ping")
 print(rehearsal.id, rehearsal.folder, flush=True)
 while True:

@@ -317,7 +317,10 @@ def test_a_model_brings_its_own_parameters_and_versions_change_unnoticed(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_batch_size: 8", 'is not a BatchingParameters in text format: 1:17 : .*Expected "{"'),
+        (
+            "max_batch_size: 8",
+            'text-format tensorflow.serving.BatchingParameters: 1:17 : .*Expected "{"',
+        ),
         ("max_bach_size { value: 8 }", 'has no field named "max_bach_size"'),
         ("max_batch_size { value: 0 }", "max_batch_size must be positive; was 0"),
         ("batch_timeout_micros { value: -1 }", "batch_timeout_micros must be non-negative; was -1"),

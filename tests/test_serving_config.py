@@ -166,27 +166,30 @@ def test_threads_of_an_operation_follow_the_environment(server: Server) -> None:
 def test_labels_over_grpc(client: Client) -> None:
     assert client.predict("first", label="stable") == (1, 1)
     assert client.predict("first", label="canary") == (3, 3)
-    assert client.states("first", label="stable") == {1: State.AVAILABLE}
+    every_version = dict.fromkeys((1, 2, 3), State.AVAILABLE)
+    assert client.states("first", label="stable") == every_version
+    assert client.states("first", label="fast") == every_version
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
     _fill(request.model_spec, "first", 0, "stable")
     assert client.prediction.GetModelMetadata(request).model_spec.version.value == 1
     for name, label in (("first", "fast"), ("second", "stable"), ("nobody", "stable")):
         unknown = (Code.INVALID_ARGUMENT, f"Unrecognized servable version label: {label}")
         assert refused(partial(client.predict, name, label=label)) == unknown
-        assert refused(partial(client.states, name, label=label)) == unknown
+    missing = (Code.NOT_FOUND, "Could not find any versions of model nobody")
+    assert refused(partial(client.states, "nobody", label="stable")) == missing
 
 
 def test_labels_over_rest(client: Client) -> None:
     path = "first/labels/stable"
     assert client.rest(f"{path}:predict", {"instances": [0.5]}) == (200, {"predictions": [1.5]})
-    status, answer = client.rest(path)
-    assert status == 200
-    assert [each["version"] for each in answer["model_version_status"]] == ["1"]
+    for any_label in (path, "first/labels/fast"):
+        status, answer = client.rest(any_label)
+        assert status == 200
+        assert [each["version"] for each in answer["model_version_status"]] == ["3", "2", "1"]
     status, answer = client.rest(f"{path}/metadata")
     assert (status, answer["model_spec"]["version"]) == (200, "1")
     unknown = (400, {"error": "Unrecognized servable version label: fast"})
     assert client.rest("first/labels/fast:predict", {"instances": [0.5]}) == unknown
-    assert client.rest("first/labels/fast") == unknown
     assert client.rest("first/labels/fast/metadata") == unknown
     assert client.rest("first/labels/:predict", {"instances": [0.5]})[0] == 400
 
@@ -328,7 +331,10 @@ def test_reload_request(client: Client, models: Path, config_file: Path) -> None
     [
         (None, "No such file or directory"),
         ("model_config_list {\n  config {\n    nam: 'a'\n  }\n}\n", "3:5"),
-        ("model_config_list {\n  config {", "in text format: 2:"),
+        (
+            "model_config_list {\n  config {",
+            "Error parsing text-format tensorflow.serving.ModelServerConfig: 2:",
+        ),
         ("model_config_list { config { name: 'a' base_path: 'b' } }", "absolute path"),
         (
             "model_config_list { config { name: 'a' base_path: '/b' model_platform: 'tensorflow' "
@@ -427,7 +433,9 @@ def test_tls_unix_socket_cors_and_session_config(tmp_path: Path, keys: tuple[str
             assert refused(partial(state, channel))[0] == Code.UNAVAILABLE
 
         url = f"{server.http}/v1/models/a%2Fb:predict"
-        preflight = urllib.request.Request(url, method="OPTIONS")
+        preflight = urllib.request.Request(
+            url, headers={"Origin": "https://a.page"}, method="OPTIONS"
+        )
         for question in (preflight, urllib.request.Request(url, b'{"inputs": 5}')):
             with urllib.request.urlopen(question) as response:
                 headers = {

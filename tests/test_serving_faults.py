@@ -11,13 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.basics import eventually, free_port
 from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_up_request
 from helpers.model_server import ask
@@ -210,6 +213,63 @@ def test_body_that_never_comes_holds_up_nobody(server: Server, client: Client) -
         connection.close()
 
 
+def test_connections_that_are_only_held_shut_out_nobody(server: Server, client: Client) -> None:
+    port = int(server.http.rpartition(":")[2])
+    path = f"/v1/models/{client.model_name}"
+    with ExitStack() as held:
+
+        def connect() -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            held.callback(connection.close)
+            return connection
+
+        for number in range(1100):
+            connection = connect()
+            if number % 2:  # it has had its answer, and is kept alive
+                connection.request("GET", path)
+                assert connection.getresponse().read()
+            else:  # it has sent half of a request
+                connection.putrequest("POST", f"{path}:predict")
+                connection.putheader("Content-Length", "1000")
+                connection.endheaders(b'{"inputs"')
+        last = connect()
+        last.request("GET", path)
+        assert last.getresponse().status == 200
+        # The newest of them are still there.
+        connection.request("GET", path)
+        assert connection.getresponse().status == 200
+
+
+def long_body(count: int) -> bytes:
+    """Make a body of many numbers, which a process of its own reads."""
+    return json.dumps({"inputs": [0.5] * count}).encode()
+
+
+def test_long_json_is_read_and_written_by_processes_that_come_and_go(
+    server: Server, client: Client
+) -> None:
+    url = f"{server.http}/v1/models/{client.model_name}:predict"
+    assert ask(url, long_body(50_000)) == (200, {"outputs": [1] * 50_000})
+    assert ask(url, b" " * 10**5 + b"{")[0] == 400
+    assert ask(url.replace(client.model_name, "nobody"), long_body(50_000))[0] == 404
+    (worker,) = psutil.Process(server.process.pid).children()
+    worker.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(ask, url, long_body(50_000))
+        worker.kill()
+    status, answer = lost.result()
+    # Where the process was dead before it was asked, another one has answered.
+    assert status == 200 or (status, answer["error"][:49]) == (
+        503,
+        "the process that reads long JSON has ended; it ma",
+    )
+    assert ask(url, long_body(50_000))[0] == 200
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda count: ask(url, long_body(count)), range(30_000, 30_016)))
+    assert [len(answer["outputs"]) for _, answer in answers] == [*range(30_000, 30_016)]
+    assert 1 <= len(psutil.Process(server.process.pid).children()) <= max(2, os.cpu_count() or 1)
+
+
 def test_version_without_read_permission(client: Client, base_path: Path, exported: Path) -> None:
     shutil.copytree(exported / "2", base_path / "partial")
     (base_path / "partial" / "saved_model.pb").chmod(0)
@@ -233,6 +293,7 @@ def restarted(
     start = partial(
         start_model_server,
         *(base_path, "--grpc_max_threads=1", "--enforce_session_run_timeout"),
+        "--enable_grpc_healthcheck_service",
         model_name=NAME,
         ports=(free_port(), free_port()),
     )
@@ -242,9 +303,13 @@ def restarted(
     killed.process.wait()
     assert "is open on port" not in killed.log.read_text()
     server = start()
+    assert ask(f"{server.http}/v1/models/{NAME}:predict", long_body(50_000))[0] == 200
+    workers = psutil.Process(server.process.pid).children()
+    assert len(workers) == 1
     assert {file: file.stat().st_mtime_ns for file in base_path.rglob("*")} == files
     yield server
     assert server.stop() == 0
+    assert not psutil.wait_procs(workers, 10)[1], "they have outlived the server"
 
 
 def test_killed_while_it_loads_and_started_again(restarted: Server) -> None:
@@ -265,6 +330,25 @@ def test_grpc_max_threads(restarted: Server) -> None:
         assert number(quick.result()) == 1
         eventually(lambda: len(order) == 2, "both are done")
         assert order == ["slow", "quick"], "a second thread has answered"
+
+
+def test_health_and_status_wait_for_no_prediction(restarted: Server) -> None:
+    with Client(restarted, NAME) as client:
+        client.statuses()  # from now on the channel is open, and keeps the order of its calls
+        predict = client.prediction.Predict
+        first = predict.future(client.request("wait", seconds=np.float64(1)))
+        last = predict.future(client.request("wait", seconds=np.float64(3)))
+        assert tf.make_ndarray(first.result().outputs["waited"]) >= 1
+        # Now the only thread for predictions has the other one.
+        health = health_pb2_grpc.HealthStub(client.channel)
+        request = health_pb2.HealthCheckRequest()
+        assert health.Check(request).status == health_pb2.HealthCheckResponse.SERVING
+        watching = health.Watch(request)
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        watching.cancel()
+        assert client.states() == {1: "AVAILABLE"}
+        assert not last.done()
+        last.cancel()
 
 
 def test_requests_are_given_up_at_their_deadline_when_asked_for(restarted: Server) -> None:

@@ -62,6 +62,13 @@ def page(server: Addresses, path: str = PATH) -> str:
 
 
 def test_metrics_count_what_was_asked(server: Server, warm_model: Path) -> None:
+    # Whoever waits for the model asks for its status.
+    counted = f'{SERVING}request_count{{model_name="tiny",status="OK"}} '
+    (asked_before,) = (
+        int(line.removeprefix(counted))
+        for line in page(server).splitlines()
+        if line.startswith(counted)
+    )
     with Client(server, "tiny") as client:
         predict = client.prediction.Predict
         for _ in range(5):
@@ -77,7 +84,7 @@ def test_metrics_count_what_was_asked(server: Server, warm_model: Path) -> None:
     lines = text.splitlines()
     for line in (
         f"# TYPE {SERVING}request_count counter",
-        f'{SERVING}request_count{{model_name="tiny",status="OK"}} 8',
+        f'{SERVING}request_count{{model_name="tiny",status="OK"}} {8 + asked_before}',
         f'{SERVING}request_count{{model_name="tiny",status="INVALID_ARGUMENT"}} 2',
         f'{SERVING}request_count{{model_name="nobody",status="NOT_FOUND"}} 1',
         f"# TYPE {SERVING}request_latency histogram",
@@ -87,6 +94,7 @@ def test_metrics_count_what_was_asked(server: Server, warm_model: Path) -> None:
         f'{SERVING}request_latency_count{{model_name="tiny",API="predict",entrypoint="REST"}} 3',
         f'{SERVING}runtime_latency_count{{model_name="tiny",API="Predict",runtime="TF1"}} 8',
         f'{SERVING}model_warmup_latency_count{{model_path="{warm_model}/1",status="OK"}} 1',
+        f'{SERVING}model_warmup_records_read{{model_path="{warm_model}/1",status="OK"}} 1',
         f'{SERVING}batching_session:input_batch_size_bucket{{le="1"}} 3',
         f'{SERVING}batching_session:input_batch_size_bucket{{le="2"}} 9',
         f"{SERVING}batching_session:wrapped_run_count{{}} 9",
@@ -111,6 +119,22 @@ def test_metrics_count_what_was_asked(server: Server, warm_model: Path) -> None:
     assert buckets == sorted(buckets)
     loading = f':tensorflow:cc:saved_model:load_latency{{model_path="{warm_model}/1"}} '
     assert [int(line.removeprefix(loading)) > 0 for line in lines if loading in line] == [True]
+
+
+def test_every_question_over_rest_is_counted(tiny_model: Path, config: Path) -> None:
+    flags = "--model_name=asked", f"--model_base_path={tiny_model}"
+    with serving(*flags, f"--monitoring_config_file={config}") as server:
+        url = f"{server.http}/v1/models/asked"
+        asked = [url, f"{url}/metadata", f"{url}/versions/1", f"{url}/versions/9", f"{url}:fly"]
+        assert [ask(each)[0] for each in asked] == [200, 200, 200, 404, 400]
+        text = page(server)
+    for line in (
+        f'{SERVING}request_count{{model_name="asked",status="OK"}} 3',
+        f'{SERVING}request_count{{model_name="asked",status="NOT_FOUND"}} 1',
+        f'{SERVING}request_count{{model_name="",status="INVALID_ARGUMENT"}} 1',
+        f'{SERVING}request_latency_count{{model_name="asked",API="",entrypoint="REST"}} 3',
+    ):
+        assert line in text.splitlines(), text
 
 
 def test_metrics_of_examples(tmp_path: Path, config: Path) -> None:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tensorflow.core.framework import tensor_pb2
-from tensorflow.core.protobuf import meta_graph_pb2
 
 from model_server import json_tensors, tensors
 from model_server.errors import ServingError
@@ -23,6 +22,7 @@ settings.load_profile("serving")
 
 FLOATS = [tf.float16, tf.float32, tf.float64]
 INTEGERS = [tf.int8, tf.int16, tf.int32, tf.int64, tf.uint8, tf.uint16, tf.uint32, tf.uint64]
+IN_JSON = [tf.float32, tf.float64, *(each for each in INTEGERS if each != tf.uint16)]
 NUMERIC = [*FLOATS, tf.bfloat16, tf.complex64, tf.complex128, tf.bool, *INTEGERS]
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
@@ -98,25 +98,22 @@ def test_bytes_that_do_not_fit_the_shape_are_a_value_error(
         assert not fits
 
 
-def info(dtype: Any) -> Any:
-    return meta_graph_pb2.TensorInfo(dtype=dtype.as_datatype_enum)
-
-
 def parsed(text: str, **declared: Any) -> tuple[dict[str, np.ndarray], bool]:
     document = json_tensors.parse_body(text.encode())
-    return json_tensors.parse_inputs(document, {name: info(d) for name, d in declared.items()})
+    return json_tensors.parse_inputs(
+        document, {name: dtype.as_datatype_enum for name, dtype in declared.items()}
+    )
 
 
 @st.composite
 def json_values(draw: st.DrawFn) -> tuple[Any, np.ndarray]:
     """Draw a dtype and an array of it with at least one row, as a client would send it."""
-    dtype = draw(st.sampled_from([*FLOATS, *INTEGERS, tf.bool]))
+    dtype = draw(st.sampled_from([*IN_JSON, tf.bool]))
     shape = draw(hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=3))
     elements: Any = None
     if dtype.is_floating:
         width: Any = dtype.size * 8
-        exact = 2.0 ** (np.finfo(dtype.as_numpy_dtype).nmant - 2)
-        numbers = st.floats(-exact, exact, width=width)
+        numbers = st.floats(width=width, allow_nan=False)
         elements = numbers | st.sampled_from([math.nan, math.inf, -math.inf])
     return dtype, draw(hnp.arrays(dtype.as_numpy_dtype, shape, elements=elements))
 
@@ -189,7 +186,7 @@ def test_ragged_lists_are_refused_and_others_are_not(value: Any) -> None:
         assert list(parsed(text, x=tf.int32)[0]["x"].shape) == shape
 
 
-@given(st.sampled_from(INTEGERS), st.integers(-(2**70), 2**70))
+@given(st.sampled_from(IN_JSON[2:]), st.integers(-(2**70), 2**70))
 def test_integers_fit_or_are_refused(dtype: Any, number: int) -> None:
     text = json.dumps({"inputs": number})
     if dtype.min <= number <= dtype.max:
@@ -202,6 +199,6 @@ def test_integers_fit_or_are_refused(dtype: Any, number: int) -> None:
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_body_is_answered(body: bytes) -> None:
     try:
-        json_tensors.parse_inputs(json_tensors.parse_body(body), {"x": info(tf.float32)})
+        json_tensors.parse_inputs(json_tensors.parse_body(body), {"x": tf.float32.as_datatype_enum})
     except ServingError as error:
         assert error.message

@@ -34,16 +34,31 @@ OPTIONS = [
     # Notice soon when a server comes back, or when a name gets new addresses.
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
-    # Leave out a server that hangs, or whose machine is lost. Servers tolerate no more than two
-    # pings within a call, so this time should not be much shorter.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # Leave out a server that is frozen, or whose machine is lost: see make_channel.
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 4000),
+    ("grpc.keepalive_timeout_ms", 4000),  # for TCP: of bytes that the other machine has not taken
+    # No other pings. Python reads a connection only during calls, so that the answer to a ping
+    # may be read too late where it comes after the last one.
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.enable_http_proxy", 0),
 ]
 
 
 def make_channel(target: str) -> grpc.Channel:
     """Return a channel that balances over a target's addresses and retries once.
+
+    A process that is frozen keeps its connections, and its system still takes bytes for it. So
+    gRPC asks for a sign of life, a ping, where nothing has come for a second during a call. After
+    four more seconds without any it closes the connection. All calls on it are retried at another
+    address at once, and the frozen one gets no more until it has answered a new connection.
+
+    A server that is merely slow answers pings while its model computes, and so no call is made
+    twice because of its length. TensorFlow Serving hangs up on clients who send more than two
+    pings (and one in five minutes) while it has sent nothing: gRPC itself stops after two, until
+    it has sent another request.
+
+    In gRPC 1.85 `grpc.keepalive_timeout_ms` alone has no effect on pings.
 
     Args:
         target: ``host:port``, or a gRPC target such as ``dns:///name:port``, whose addresses may

@@ -29,24 +29,22 @@ def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Clus
         wanted: for a rehearsal, `auto`, `docker` or `embedded`, as in `choose_cluster`.
         images: what must be on this machine's Docker.
 
-    Raises:
-        RuntimeError: the costs are agreed to, and something is missing; or Docker was asked for.
+    Raises RuntimeError if the costs are agreed to and something is missing, or if Docker was asked
+    for and cannot be used.
     """
     embedded = wanted_engine(wanted) == "embedded"
     obstacle = "no Docker engine is used" if embedded else cluster.images_obstacle(images)
-    if agreed is True:
-        if missing := [name for name in PROGRAMS if not shutil.which(name)]:
-            obstacle = f"{' and '.join(missing)} must be installed"
-        if obstacle:
-            raise RuntimeError(
-                f"AGREE_TO_COST is True, but {obstacle}. Mend that, or rehearse: set it to False."
-            )
-        return cluster.Cluster("aws", "AGREE_TO_COST is True: from here on it costs money")
-    why = "AGREE_TO_COST is not True, so AWS is simulated"
+    if agreed is not True:
+        why = "AGREE_TO_COST is not True, so AWS is simulated"
+        engine, obstacle = settle_for_embedded(wanted, obstacle) if obstacle else ("docker", "")
+        return cluster.Cluster(engine, f"{why}; {obstacle}" if obstacle else why)
+    if missing := [name for name in PROGRAMS if not shutil.which(name)]:
+        obstacle = f"{' and '.join(missing)} must be installed"
     if obstacle:
-        engine, obstacle = settle_for_embedded(wanted, obstacle)
-        return cluster.Cluster(engine, f"{why}; {obstacle}")
-    return cluster.Cluster("docker", why)
+        raise RuntimeError(
+            f"AGREE_TO_COST is True, but {obstacle}. Mend that, or rehearse: set it to False."
+        )
+    return cluster.Cluster("aws", "AGREE_TO_COST is True: from here on it costs money")
 
 
 def read_namespace(overlay: Path) -> Manifest:
@@ -58,7 +56,7 @@ def read_namespace(overlay: Path) -> Manifest:
 def connect_kubectl(chosen: cluster.Cluster, folder: Path) -> Kubectl:
     """Return kubectl for the cluster that eksctl has made, or for a rehearsal.
 
-    The folder has the overlay, whose namespace it is for, and the cluster's kubeconfig.
+    `folder` has the overlay, whose namespace it is for, and the cluster's kubeconfig.
     """
     if chosen.engine == "aws":
         command = f"kubectl --kubeconfig {folder / 'kubeconfig'}"
@@ -80,8 +78,7 @@ def put_secret(kubectl: Kubectl, overlay: Path, name: str, data: dict[str, str])
     about = {"name": name, "namespace": namespace["metadata"]["name"]}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "stringData": data}
     if kubectl.rehearsal is not None:
-        kubectl.rehearsal.apply(yaml.safe_dump_all([namespace, secret]))
-        return
+        return kubectl.rehearsal.apply([namespace, secret])
     # The client's way would leave the Secret's text in an annotation, too.
     for manifest, how in ((namespace, "apply"), (secret, "apply --server-side")):
         command = [*kubectl.command.split(), *how.split(), "--filename=-"]

@@ -13,8 +13,11 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 from workbook.engine import (
     MACHINES,
@@ -27,6 +30,7 @@ from workbook.engine import (
 
 NAME = "clothes"
 KUBECONFIG = Path("build/kubeconfig")
+OWN = (f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
 KIND_CONFIG = Path("kube-config/kind/cluster.yaml")
 KIND_VERSION = "v0.33.0"
 KIND_SHA256 = {
@@ -58,27 +62,24 @@ def choose_cluster(
 
     Args:
         wanted: `auto`, `docker` (a cluster, here Kind's) or `embedded` (a rehearsal); for `auto`
-            the environment variable `WORKBOOK_ENGINE` decides, if it is set.
+            WORKBOOK_ENGINE decides, if it is set.
         images: the pods' images, which Docker must have for a cluster.
         namespace: where the pods shall be; nobody else's, for it is deleted in the end.
 
-    Raises:
-        ValueError: `wanted` is none of the three.
-        RuntimeError: Docker, or the cluster of WORKBOOK_CONTEXT, was asked for and cannot be used;
-            or the namespace is not this workbook's.
+    Raises RuntimeError, with a sentence that says why, if Docker or the cluster of WORKBOOK_CONTEXT
+    was asked for and cannot be used, or if the namespace is somebody else's.
     """
-    context = os.environ.get("WORKBOOK_CONTEXT", "")
     if wanted_engine(wanted) == "embedded":
         return Cluster("embedded", "asked for")
-    if context:
+    if context := os.environ.get("WORKBOOK_CONTEXT"):
         kubectl = f"kubectl --context {shlex.quote(context)}"
         if not answers(kubectl):
             raise RuntimeError(
                 f"WORKBOOK_CONTEXT names the cluster {context}, which does not answer:"
                 f" see what {kubectl} cluster-info says, or unset WORKBOOK_CONTEXT."
             )
-        named = Cluster("kubernetes", f"WORKBOOK_CONTEXT names {context}", kubectl)
-        return within(namespace, named)
+        why = f"WORKBOOK_CONTEXT names {context}"
+        return within(namespace, Cluster("kubernetes", why, kubectl))
     own = images_obstacle(images) or own_cluster()
     if isinstance(own, Cluster):
         return within(namespace, own)
@@ -108,9 +109,8 @@ def images_obstacle(images: tuple[str, ...]) -> str | None:
 
 def docker_answers(wanted: str = "auto") -> bool:
     """Say whether there is a Docker engine, and its use has not been forbidden."""
-    if wanted_engine(wanted) == "embedded" or not shutil.which("docker"):
-        return False
-    return bool(docker("info", "--format", "{{.ServerVersion}}"))
+    forbidden = wanted_engine(wanted) == "embedded"
+    return not forbidden and docker("info", "--format", "{{.ServerVersion}}") != ""
 
 
 def answers(kubectl: str) -> bool:
@@ -123,12 +123,11 @@ def answers(kubectl: str) -> bool:
 def own_cluster() -> Cluster | str:
     """Return the lessons' cluster, which is created if need be, or say why there is none."""
     kubectl = f"kubectl --kubeconfig {KUBECONFIG} --context kind-{NAME}"
-    obstacle = kind_obstacle()
-    if obstacle:
+    if obstacle := kind_obstacle():
         return obstacle
     KUBECONFIG.parent.mkdir(exist_ok=True)
     if NAME in kind("get", "clusters").stdout.split():
-        kind("export", "kubeconfig", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
+        kind("export", "kubeconfig", *OWN)
         if answers(kubectl):
             return Cluster("kubernetes", f"the Kind cluster {NAME} was there", kubectl)
         return f"that of Kind does not answer: kind delete cluster --name {NAME}"
@@ -136,23 +135,19 @@ def own_cluster() -> Cluster | str:
     if not docker("image", "inspect", image) and (obstacle := pull_obstacle(image)):
         return obstacle
     print(f"creating the Kind cluster {NAME}, a minute or two", flush=True)
-    options = [f"--name={NAME}", f"--config={KIND_CONFIG}", f"--kubeconfig={KUBECONFIG}"]
-    try:
-        done = kind("create", "cluster", *options, "--wait=5m")
-    except KeyboardInterrupt:  # half a cluster would be in the way of the next attempt
-        kind("delete", "cluster", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
-        raise
-    if done.returncode or not answers(kubectl):
-        kind("delete", "cluster", f"--name={NAME}", f"--kubeconfig={KUBECONFIG}")
-        said = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no answer")
-        return f"Kind could not create one ({said.removeprefix('ERROR: ')})"
-    return Cluster("kubernetes", f"Kind has created {NAME}", kubectl, created=True)
+    with ExitStack() as half:  # half a cluster would be in the way of the next attempt
+        half.callback(kind, "delete", "cluster", *OWN)
+        done = kind("create", "cluster", *OWN, f"--config={KIND_CONFIG}", "--wait=5m")
+        if done.returncode == 0 and answers(kubectl):
+            half.pop_all()
+            return Cluster("kubernetes", f"Kind has created {NAME}", kubectl, created=True)
+    said = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no answer")
+    return f"Kind could not create one ({said.removeprefix('ERROR: ')})"
 
 
 def node_image() -> str:
     """Return the image of the cluster's node, as Kind's configuration names it."""
-    lines = (line.split() for line in KIND_CONFIG.read_text().splitlines())
-    return next(words[1] for words in lines if words[:1] == ["image:"])
+    return yaml.safe_load(KIND_CONFIG.read_text())["nodes"][0]["image"]
 
 
 def kind(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -161,16 +156,14 @@ def kind(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def kind_obstacle() -> str | None:
-    """See to it that there is a `kind` command, or say why there is none.
+    """See to it that the pinned `kind` is on PATH, or say why it is not.
 
-    The pinned version is taken: from PATH, or from its makers if its checksum is right. It is put
-    beside this environment's Python, where kubectl is, too.
+    It is had from its makers if its checksum is right, and put beside this environment's Python.
     """
     if shutil.which("kind") and KIND_VERSION in kind("version").stdout:
         return None
-    system = platform.system().lower()
     machine = platform.machine().lower()
-    machine = f"{system}-{MACHINES.get(machine, machine)}"
+    machine = f"{platform.system().lower()}-{MACHINES.get(machine, machine)}"
     if machine not in KIND_SHA256:
         return f"Kind is not made for {machine}"
     try:
@@ -180,13 +173,11 @@ def kind_obstacle() -> str | None:
     except OSError:
         return f"there is no kind {KIND_VERSION}, and it cannot be downloaded"
     if hashlib.sha256(program).hexdigest() != KIND_SHA256[machine]:
-        return (
-            f"the kind {KIND_VERSION} that was downloaded has a wrong checksum, and was thrown away"
-        )
-    target = Path(sys.executable).parent / "kind"
-    target.with_suffix(".new").write_bytes(program)
-    target.with_suffix(".new").chmod(0o755)
-    target.with_suffix(".new").rename(target)
+        return f"the kind {KIND_VERSION} that came has a wrong checksum, and was thrown away"
+    target = Path(sys.executable).with_name("kind.new")
+    target.write_bytes(program)
+    target.chmod(0o755)
+    target.rename(target.with_name("kind"))
     return None
 
 
@@ -195,9 +186,7 @@ def load_command(image: str) -> str:
 
     IMAGE_LOADER is such a command without the image, for example `minikube image load`. By default
     it is Kind's; where Docker keeps images as containerd does, Kind takes them from a file only.
-
-    Raises:
-        RuntimeError: WORKBOOK_CONTEXT names a cluster, and IMAGE_LOADER does not say how.
+    Raises RuntimeError if WORKBOOK_CONTEXT names a cluster, and IMAGE_LOADER does not say how.
     """
     if loader := os.environ.get("IMAGE_LOADER"):
         return f"{loader} {image}"

@@ -18,22 +18,16 @@ def choose_engine(wanted: str = "auto", image: str | None = SERVING_IMAGE) -> tu
     """Choose what runs TensorFlow Serving, and fetch its Docker image where that is possible.
 
     Args:
-        wanted: `auto`, `docker` or `embedded`; for `auto` the environment variable
-            `WORKBOOK_ENGINE` decides, where it is set.
-        image: the Docker image that must be on this machine, or be had from its registry; None
-            for images that are built here, with any engine that has Compose.
+        wanted: `auto`, `docker` or `embedded`; for `auto` WORKBOOK_ENGINE decides, if it is set.
+        image: what must be on this machine, or be had from its registry; None for images that are
+            built here, with any engine that has Compose.
 
-    Returns:
-        The engine, `docker` or `embedded`, and the reason in one phrase.
-
-    Raises:
-        ValueError: `wanted` is none of the three.
-        RuntimeError: Docker was asked for and cannot be used; the sentence says why.
+    Returns `docker` or `embedded`, and the reason in one phrase. Raises RuntimeError, with a
+    sentence that says why, if Docker was asked for and cannot be used.
     """
     if wanted_engine(wanted) == "embedded":
         return "embedded", "asked for"
-    obstacle = docker_obstacle(image)
-    if obstacle:
+    if obstacle := docker_obstacle(image):
         return settle_for_embedded(wanted, obstacle)
     return "docker", f"a Docker engine answers and has {image or 'Compose'}"
 
@@ -66,23 +60,22 @@ def docker_obstacle(image: str | None) -> str | None:
     if image is None:
         found = shutil.which("docker-compose") or docker("compose", "version")
         return None if found else "there is no docker-compose command"
-    found = docker("image", "inspect", image)
-    if not found:
-        if MACHINES.get(machine, machine) != "amd64":
+    processor = MACHINES.get(machine, machine)
+    if not (found := docker("image", "inspect", image)):
+        if processor != "amd64":
             return f"{image} is made for amd64 and this engine runs on {machine}"
         return pull_obstacle(image)
-    if json.loads(found)[0]["Architecture"] != MACHINES.get(machine, machine):
+    if json.loads(found)[0]["Architecture"] != processor:
         return f"the {image} that is here was made for another processor than {machine}"
     return None
 
 
 def docker(*arguments: str) -> str:
     """Run one docker command and return its output; nothing when it fails or takes too long."""
+    words = ["docker", *arguments]
     try:
-        answer = subprocess.run(
-            ["docker", *arguments], capture_output=True, text=True, timeout=PROBE_SECONDS
-        )
-    except subprocess.TimeoutExpired:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
@@ -90,16 +83,13 @@ def docker(*arguments: str) -> str:
 def run(command: str, check: bool = True, width: int | None = None) -> None:
     """Run a command; print it, and what it prints, line by line, cut to a width if there is one.
 
-    Raises:
-        RuntimeError: It fails, and shall be checked.
+    Raises RuntimeError if it fails, and shall be checked.
     """
     print("$", command, flush=True)
     # Jupyter asks programs for colours, and for bars that move, which an output cannot show.
     env = {**os.environ, "FORCE_COLOR": "", "TERM": "dumb"}
-    words, pipe = ["bash", "-o", "pipefail", "-c", command], subprocess.PIPE
-    with subprocess.Popen(
-        words, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    words = ["bash", "-o", "pipefail", "-c", f"exec 2>&1; {command}"]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line.rstrip("\n")[:width], flush=True)
@@ -112,10 +102,7 @@ def command_of(
 ) -> str:
     """Return what a Dockerfile has in ENTRYPOINT and CMD, with changes for outside a container.
 
-    `arguments` are those of the build, as in `read_image`.
-
-    Raises:
-        KeyError: Something that is to be changed is not in the command.
+    `arguments` are the build's. Raises KeyError if what is to be changed is not there.
     """
     image = read_image(dockerfile, arguments=arguments)
     words = [*image.entrypoint, *image.command]
@@ -128,8 +115,6 @@ def command_of(
 
 def remove_containers(name: str) -> None:
     """Remove all containers and networks whose names begin with `name`, where Docker runs."""
-    if shutil.which("docker") is None:
-        return
     match = f"--filter=name=^/?{name}[-_]"
     if containers := docker("container", "ls", "--all", "--quiet", match).split():
         docker("container", "rm", "--force", "--volumes", *containers)
@@ -143,14 +128,11 @@ def pull_obstacle(image: str) -> str | None:
     The engine prints its first line once the registry has answered. A network that swallows
     every packet would keep it waiting for minutes, so that line has a deadline.
     """
-    pull = subprocess.Popen(
-        ["docker", "pull", image], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = Timer(PROBE_SECONDS, pull.kill)
-    deadline.daemon = True
-    deadline.start()
-    last = ""
-    with pull:
+    words, both = ["docker", "pull", image], subprocess.STDOUT
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=both, text=True) as pull:
+        deadline = Timer(PROBE_SECONDS, pull.kill)
+        deadline.start()
+        last = ""
         assert pull.stdout is not None
         for last in pull.stdout:
             if ": Pulling from " in last:

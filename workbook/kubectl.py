@@ -1,14 +1,14 @@
 """kubectl's commands, for a cluster or for a rehearsal of one; and a client that asks steadily."""
 
-import itertools
 import json
+import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -21,6 +21,17 @@ from workbook.rehearsal import Rehearsal
 
 COMPONENT = "app.kubernetes.io/component"
 WELL = 100  # so many answers in a row
+# What kubectl warns of, whatever else it says.
+FORCED = (
+    "Warning: Immediate deletion does not wait for confirmation that the running resource has been"
+    " terminated. The resource may continue to run on the cluster indefinitely."
+)
+UNDONE = (
+    "Warning: resource deployments/{} was previously managed with 'kubectl apply'. Rolling back"
+    " will not update the kubectl.kubernetes.io/last-applied-configuration annotation, which may"
+    " cause unexpected behavior on future 'kubectl apply' operations. Consider using"
+    " 'kubectl apply' with your previous configuration file instead."
+)
 # What `get` shows: what stands before a name among other kinds, and the columns.
 KINDS = {
     "pods": ("pod", "NAME READY STATUS RESTARTS AGE"),
@@ -28,8 +39,6 @@ KINDS = {
     "deployments": ("deployment.apps", "NAME READY UP-TO-DATE AVAILABLE AGE"),
     "endpointslices": ("endpointslice.discovery.k8s.io", "NAME ADDRESSTYPE PORTS ENDPOINTS AGE"),
 }
-NAMES = {"po": "pods", "svc": "services", "deploy": "deployments"}
-NAMES |= {name: kind for kind, (long, _) in KINDS.items() for name in (kind, long.split(".")[0])}
 
 
 class PodState(NamedTuple):
@@ -41,14 +50,10 @@ class PodState(NamedTuple):
 
 
 class Kubectl:
-    """`kubectl("get pods")` prints the command, does it, and prints what it says.
+    """`kubectl("get pods")` prints the command, does it in a namespace, and prints what it says.
 
-    Another one for the same namespace takes the place of this one, which is closed; `again` says
-    whether this one did.
-
-    Args:
-        cluster: what runs the pods, as `choose_cluster` says it.
-        namespace: the pods' namespace.
+    `cluster` is what runs the pods, as `choose_cluster` says it. Another one for the same namespace
+    takes the place of this one, which is closed; `again` says whether this one did.
     """
 
     opened: dict[str, "Kubectl"] = {}  # noqa: RUF012
@@ -63,27 +68,15 @@ class Kubectl:
         self.rehearsal = None if cluster.engine == "kubernetes" else Rehearsal(namespace)
         self.tunnels: set[str] = set()
 
-    def load(
-        self,
-        image: str,
-        dockerfile: str,
-        paths: dict[str, str] | None = None,
-        context: str = ".",
-        arguments: dict[str, str] | None = None,
-    ) -> None:
-        """Bring an image to where the pods run.
+    def load(self, image: str, dockerfile: str, paths: Any = None, **build: Any) -> None:
+        """Bring an image of this machine's Docker to where the pods run.
 
-        Args:
-            image: its name and tag, on this machine's Docker.
-            dockerfile: where a rehearsal reads its command.
-            paths: paths of the image, and what they are on this machine.
-            context: the folder that the image is built from.
-            arguments: what the build got as `--build-arg`.
+        A rehearsal reads its command from the Dockerfile instead; the arguments are `read_image`'s.
         """
         if self.rehearsal is None:
             run(load_command(image))
         else:
-            self.rehearsal.images[image] = read_image(dockerfile, context, paths, arguments)
+            self.rehearsal.images[image] = read_image(dockerfile, paths=paths, **build)
 
     def __call__(self, command: str, check: bool = True) -> None:
         """Do one command; raise RuntimeError when it fails, unless it may."""
@@ -103,7 +96,7 @@ class Kubectl:
         command = f"port-forward {target} {local_port}:{port}"
         if self.rehearsal is not None:
             print(f"rehearsal: {command} &")
-            self.rehearsal.forward(target, port, local_port)
+            self.rehearsal.forward(target.removeprefix("service/"), port, local_port)
             return
         print(f"$ {self.command} {command} &")
         words, pipe = shlex.split(f"{self.command} {command}"), subprocess.PIPE
@@ -136,9 +129,8 @@ class Kubectl:
         if self.rehearsal is None:
             return self(f"exec {pod} -- sh -c 'kill 1'", check=False)
         print(f"rehearsal: SIGKILL to the process of {pod}")
-        process = self.rehearsal.pod(pod).process
-        assert process is not None
-        process.kill()
+        if process := self.rehearsal.pod(pod).process:
+            process.kill()
 
     def close(self) -> None:
         """Close the tunnels, and end the rehearsal if there is one."""
@@ -154,21 +146,22 @@ class Kubectl:
 def rehearse(rehearsal: Rehearsal, command: str) -> None:
     """Do a command and print what kubectl would print.
 
-    Raises:
-        ValueError: It cannot be done; the sentence is kubectl's.
-        TimeoutError: It was not done in time.
-        NotImplementedError: A rehearsal does not know it.
+    Raises ValueError with kubectl's sentence if it cannot be done, TimeoutError if that takes too
+    long, and NotImplementedError if a rehearsal does not know it.
     """
-    words, arguments = words_of(command)
+    words, inside = words_of(command)
     match words:
-        case ["get", kinds, *names] if not any(name.startswith("-") for name in names):
-            print_tables(rehearsal, kinds.split(","), names)
-        case ["describe", "pods", name]:
+        case ["get", kinds] if {*kinds.split(",")} <= {*KINDS}:
+            print_tables(rehearsal, kinds.split(","))
+        case ["describe", "pod", name]:
             describe(rehearsal.pod(name), rehearsal.namespace)
-        case ["logs", *target, name] if target in ([], ["pods"], ["deployments"]):
-            print(pod_of(rehearsal, target, name).log.read_text(errors="replace"), end="")
-        case ["exec", *target, name] if target in ([], ["pods"], ["deployments"]):
-            done = rehearsal.exec(pod_of(rehearsal, target, name).name, *arguments)
+        case ["logs", name]:
+            print(rehearsal.pod(name).log.read_text(errors="replace"), end="")
+        case ["exec", *kind, name] if kind in ([], ["deployment"]):
+            new, old = rehearsal.live_pods(name) if kind else ([rehearsal.pod(name)], [])
+            if not (new or old):
+                raise TimeoutError("timed out waiting for the condition")
+            done = rehearsal.exec((new or old)[0].name, *inside)
             print(done.stdout, end="")
             if done.returncode:
                 raise ValueError(f"command terminated with exit code {done.returncode}")
@@ -177,121 +170,103 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
         case ["apply", "--kustomize", folder, *selector] if len(selector) in (0, 2):
             manifests = subprocess.check_output(["kubectl", "kustomize", folder], text=True)
             apply(rehearsal, manifests, *selector[1:])
-        case ["delete", "pods", name]:
+        case ["delete", "pod", name]:
             rehearsal.delete_pod(name)
             print(f'pod "{name}" deleted from {rehearsal.namespace} namespace')
-        case ["delete", "pods", name, "--force", "--grace-period", "0"]:
+        case ["delete", "pod", name, "--force", "--grace-period", "0"]:
             rehearsal.delete_pod(name, grace=0)
+            print(FORCED)
             print(f'pod "{name}" force deleted from {rehearsal.namespace} namespace')
-        case ["scale", "deployments", name, "--replicas", number]:
+        case ["scale", "deployment", name, "--replicas", number]:
             rehearsal.change(name, lambda spec: spec.update(replicas=int(number)))
             print(f"deployment.apps/{name} scaled")
-        case ["set", "image", "deployments", name, change]:
-            new = {"image": change.partition("=")[2]}
-            rehearsal.change(name, lambda spec: container(spec["template"]).update(new))
+        case ["set", "image", "deployment", name, change]:
+            image = change.partition("=")[2]
+            rehearsal.change(name, lambda spec: container(spec["template"]).update(image=image))
             print(f"deployment.apps/{name} image updated")
-        case ["rollout", "restart", "deployments", name]:
-            now = {"annotations": {"kubectl.kubernetes.io/restartedAt": str(time.time())}}
-            rehearsal.change(name, lambda spec: spec["template"]["metadata"].update(now))
-            print(f"deployment.apps/{name} restarted")
-        case ["rollout", "undo", "deployments", name]:
+        case ["rollout", "undo", "deployment", name]:
+            rehearsal.object("Deployment", name)  # or it is not found
             before = rehearsal.revisions[name][-2:-1]
+            print(UNDONE.format(name))
             if not before:
                 raise ValueError(f'no rollout history found for deployment "{name}"')
             rehearsal.change(name, lambda spec: spec.update(template=before[0]))
             print(f"deployment.apps/{name} rolled back")
-        case ["rollout", "status", "deployments", name]:
+        case ["rollout", "status", "deployment", name]:
             rehearsal.rollout_status(name, 600)
-        case ["rollout", "status", "deployments", name, "--timeout", seconds]:
+        case ["rollout", "status", "deployment", name, "--timeout", seconds]:
             rehearsal.rollout_status(name, float(seconds.removesuffix("s")))
         case _:
             raise NotImplementedError(f"A rehearsal does not know: kubectl {command}")
 
 
 def words_of(command: str) -> tuple[list[str], list[str]]:
-    """Return a command's words, with kinds in one spelling and values apart, and those after `--`.
+    """Return a command's words, with names and values apart, and those after `--`.
 
-    `scale deploy/ping --replicas=3` becomes `scale deployments ping --replicas 3`.
+    `scale deployment/ping --replicas=3` becomes `scale deployment ping --replicas 3`.
     """
-    words: list[str] = []
-    rest = iter(shlex.split(command))
-    for word in itertools.takewhile(lambda word: word != "--", rest):
-        kind, slash, name = word.partition("/")
-        if word.startswith("--"):
-            words += word.split("=", 1)
-        elif slash and kind in NAMES:
-            words += [NAMES[kind], name]
-        else:
-            words.append(",".join(NAMES.get(each, each) for each in word.split(",")))
-    return words, [*rest]
-
-
-def pod_of(rehearsal: Rehearsal, target: list[str], name: str) -> Pod:
-    """Return the pod that a command means: the one of this name, or the first of a Deployment."""
-    if target != ["deployments"]:
-        return rehearsal.pod(name)
-    rehearsal.object("Deployment", name)
-    return next(iter(rehearsal.pods(name)))
+    outside, _, inside = command.partition(" -- ")
+    apart = re.sub(r"( deployment)/|( --[a-z-]+)=", r"\1\2 ", outside)
+    return shlex.split(apart), shlex.split(inside)
 
 
 def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
     """Give the rehearsal objects, all or those with a label, and say what is new."""
-    label, _, value = selector.partition("=")
-    chosen = [
-        each
-        for each in yaml.safe_load_all(manifests)
-        if not selector or each["metadata"].get("labels", {}).get(label) == value
-    ]
+    chosen = [*yaml.safe_load_all(manifests)]
+    if selector:
+        label, _, value = selector.partition("=")
+        chosen = [each for each in chosen if each["metadata"].get("labels", {}).get(label) == value]
     before = dict(rehearsal.objects)
-    rehearsal.apply(yaml.safe_dump_all(chosen))
+    rehearsal.apply(chosen)
     for each in chosen:
         kind, name = each["kind"], each["metadata"]["name"]
         known = before.get((kind, name))
-        how = "unchanged" if known == each else "configured" if known else "created"
+        # A budget's selector is always sent: the API has it replaced as a whole, not merged.
+        same = known == each and kind != "PodDisruptionBudget"
+        how = "unchanged" if same else "configured" if known else "created"
         group = each["apiVersion"].rpartition("/")[0]
         print(f"{kind.lower()}{'.' * bool(group)}{group}/{name} {how}")
 
 
-def print_tables(rehearsal: Rehearsal, kinds: list[str], names: list[str]) -> None:
-    """Print a table of each kind as `kubectl get` does: of these names, or of all."""
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise NotImplementedError(f"A rehearsal has no table of {unknown[0]}.")
+def print_tables(rehearsal: Rehearsal, kinds: list[str]) -> None:
+    """Print a table of each kind as `kubectl get` does."""
     tables = []
     for kind in kinds:
         before, header = KINDS[kind]
-        found = {row[0]: row for row in sorted(rows(rehearsal, kind))}
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(f'{kind} "{missing[0]}" not found')
-        chosen = [row for name, row in found.items() if name in names or not names]
+        found = sorted(rows(rehearsal, kind))
         if len(kinds) > 1:
-            chosen = [[f"{before}/{row[0]}", *row[1:]] for row in chosen]
-        tables += [aligned([header.split(), *chosen], gap=3)] if chosen else []
+            found = [[f"{before}/{name}", *cells] for name, *cells in found]
+        tables += [aligned([header.split(), *found], gap=3)] if found else []
     nothing = f"No resources found in {rehearsal.namespace} namespace."
     print("\n\n".join(tables) or nothing)
 
 
 def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
     """Yield a row for each object of a kind, as `kubectl get` shows it."""
-    for pod in rehearsal.pods() if kind == "pods" else ():
-        restarts = f"{pod.restarts} ({age(pod.died)} ago)" if pod.restarts else "0"
-        yield [pod.name, f"{pod.ready:d}/1", pod.status, restarts, age(pod.born)]
-    for name in rehearsal.named("Deployment") if kind == "deployments" else ():
-        pods, revision = rehearsal.pods(name), rehearsal.revision(name)
-        new = sum(pod.revision == revision and not pod.ending.is_set() for pod in pods)
-        ready, made = sum(pod.ready for pod in pods), age(rehearsal.made["Deployment", name])
-        yield [name, f"{ready}/{rehearsal.replicas(name)}", f"{new}", f"{ready}", made]
-    for name, each in rehearsal.named("Service").items():
-        spec, made = each["spec"], age(rehearsal.made["Service", name])
-        port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
-        if kind == "services":
+    if kind == "pods":
+        for pod in rehearsal.pods():
+            restarts = f"{pod.restarts} ({age(pod.died)} ago)" if pod.restarts else "0"
+            yield [pod.name, f"{pod.ready:d}/1", pod.status, restarts, age(pod.born)]
+    elif kind == "deployments":
+        for name in rehearsal.named("Deployment"):
+            (new, old), made = rehearsal.live_pods(name), age(rehearsal.made["Deployment", name])
+            ready = sum(pod.ready for pod in [*new, *old])
+            available = sum(map(rehearsal.is_available, [*new, *old]))
+            wanted = rehearsal.replicas(name)
+            yield [name, f"{ready}/{wanted}", f"{len(new)}", f"{available}", made]
+    elif kind == "services":
+        for name, each in rehearsal.named("Service").items():
+            spec, made = each["spec"], age(rehearsal.made["Service", name])
             own = "None" if spec.get("clusterIP") == "None" else "127.0.0.1"
             outside = "<pending>" if spec.get("type") == "LoadBalancer" else "<none>"
             ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
             yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
-        if kind == "endpointslices":
+    elif kind == "endpointslices":
+        for name in rehearsal.named("Service"):
+            port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
             addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
-            number = port_number(found[0].container, port) if found else "<unset>"
-            yield [name, "IPv4", f"{number}", addresses, made]
+            number = f"{port_number(found[0].container, port)}" if found else "<unset>"
+            yield [name, "IPv4", number, addresses, age(rehearsal.made["Service", name])]
 
 
 def describe(pod: Pod, namespace: str) -> None:
@@ -309,9 +284,10 @@ def describe(pod: Pod, namespace: str) -> None:
     seen = sorted(pod.events.copy().items(), key=lambda event: event[1][1])
     for (kind, reason, message), (first, last, count) in seen:
         when = age(last) if count == 1 else f"{age(last)} (x{count} over {age(first)})"
+        message = f"spec.containers{{{pod.container['name']}}}: {message}"
         events.append([kind, reason, when, "kubelet", message])
-    print(f"Name:             {pod.name}\nNamespace:        {namespace}")
-    print(f"Containers:\n  {pod.container['name']}:")
+    print(f"Name:             {pod.name}\nNamespace:        {namespace}\nContainers:")
+    print(f"  {pod.container['name']}:")
     print(*(f"    {key:16}{value}" for key, value in lines), sep="\n")
     print("Events:", aligned(events, gap=2, indent="  "), sep="\n")
 
@@ -324,12 +300,11 @@ def aligned(table: list[list[str]], gap: int, indent: str = "") -> str:
 
 def age(since: float) -> str:
     """Return how long ago a moment was, as kubectl writes it."""
-    seconds = int(time.monotonic() - since)
-    minutes, rest = divmod(seconds, 60)
+    minutes, seconds = divmod(int(time.monotonic() - since), 60)
     if minutes < 2:
-        return f"{seconds}s"
-    if minutes < 10:
-        return f"{minutes}m{rest}s" if rest else f"{minutes}m"
+        return f"{60 * minutes + seconds}s"
+    if minutes < 10 and seconds:
+        return f"{minutes}m{seconds}s"
     return f"{minutes}m" if minutes < 180 else f"{minutes // 60}h"
 
 
@@ -337,15 +312,10 @@ def age(since: float) -> str:
 
 
 class Client:
-    """The program `client.py`, which asks a gateway steadily, beside the cluster's other pods.
+    """The program `client.py` of `folder`, which asks a gateway steadily, and writes into `notes`.
 
     In a cluster it is a pod. In a rehearsal it is a process that connects to a port which sends
     each connection to some ready pod of the Service `gateway`, as the Service does in a cluster.
-
-    Args:
-        kubectl: where the gateway is.
-        folder: the program and the manifests of its pod.
-        notes: the file for what it writes.
     """
 
     def __init__(self, kubectl: Kubectl, folder: str, notes: Path):
@@ -358,6 +328,7 @@ class Client:
             self.there(f"apply --kustomize {folder}")
             self.there("wait pod/client --for condition=Ready --timeout 120s")
             words = shlex.split(f"{self.there.command} logs --follow client")
+        servers.stop("client")  # before its notes are emptied
         with notes.open("w") as file:
             servers.start("client", words, stdout=file)
         servers.wait_until(self.is_well, "a hundred predictions have come")

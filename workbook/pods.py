@@ -3,8 +3,9 @@
 The container of a pod is a process here.
 """
 
+import hashlib
 import http.client
-import itertools
+import json
 import math
 import os
 import secrets
@@ -12,8 +13,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import grpc
@@ -25,6 +26,13 @@ TICK_SECONDS = 0.1
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 10.0, 300.0
 # The letters of Kubernetes' random names: no vowels, so no words.
 LETTERS = "bcdfghjklmnpqrstvwxz2456789"
+# What `get pods` shows when a pod cannot be started, by what its `launch` raises.
+OBSTACLES = {
+    LookupError: "ErrImagePull",
+    ValueError: "CreateContainerConfigError",
+    OSError: "RunContainerError",
+}
+Launch = Callable[["Pod"], subprocess.Popen]
 
 
 class Pod:
@@ -34,33 +42,37 @@ class Pod:
     where a part of its environment is missing, and OSError where it cannot be executed.
     """
 
-    def __init__(
-        self,
-        owner: str,
-        revision: str,
-        template: Manifest,
-        place: int,
-        folder: Path,
-        launch: Callable[["Pod"], subprocess.Popen],
-    ):
-        self.owner, self.revision, self.launch = owner, revision, launch
-        self.name = f"{owner}-{revision}-{''.join(secrets.choice(LETTERS) for _ in range(5))}"
+    def __init__(self, owner: str, template: Manifest, slot: int, folder: Path, launch: Launch):
+        self.owner, self.slot, self.launch = owner, slot, launch
+        self.revision = revision_of(template)
+        letters = "".join(secrets.choice(LETTERS) for _ in range(5))
+        self.name = f"{owner}-{self.revision}-{letters}"
         self.container = container(template)
         self.image: str = self.container["image"]
-        self.state, self.ready, self.restarts = "Pending", False, 0
+        self.state, self.restarts, self.ready_since = "Pending", 0, math.inf
         self.last_exit: int | None = None
         self.born, self.died = time.monotonic(), math.inf
         self.ending, self.gone = threading.Event(), threading.Event()
         self.grace = float(template["spec"].get("terminationGracePeriodSeconds", 30))
         hook = self.container.get("lifecycle", {}).get("preStop", {"sleep": {"seconds": 0}})
         self.pre_stop = float(hook["sleep"]["seconds"])
+        self.ports = dict[int, int]()  # this machine's, by those of the container
         self.log = folder / f"{self.name}.log"
         self.log.touch()
         self.process: subprocess.Popen | None = None
-        self.place, self.ports = place, dict[int, int]()  # by its number, the one on this machine
         # By type, reason and message: when it was seen first and last, and how often.
         self.events: dict[tuple[str, str, str], tuple[float, float, int]] = {}
         threading.Thread(target=self._keep_alive, name=self.name, daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a Service may send it requests."""
+        return self.ready_since < math.inf
+
+    @ready.setter
+    def ready(self, ready: bool) -> None:
+        if ready != self.ready:
+            self.ready_since = time.monotonic() if ready else math.inf
 
     @property
     def status(self) -> str:
@@ -79,46 +91,41 @@ class Pod:
     # --- Its life ---------------------------------------------------------------------------------
 
     def _keep_alive(self) -> None:
-        backoff, image_backoff = itertools.chain([0.0], backoffs()), backoffs()
+        crashes = failures = 0
         while not self.ending.is_set():
             started = time.monotonic()
             try:
                 self._run_once()
-            except (LookupError, ValueError) as error:
-                missing = isinstance(error, LookupError)
-                self.state = "ErrImagePull" if missing else "CreateContainerConfigError"
-                self._note("Failed", str(error.args[0]), "Warning")
-                if missing and not self.ending.wait(3):
+            except tuple(OBSTACLES) as error:
+                self.state = next(OBSTACLES[kind] for kind in OBSTACLES if isinstance(error, kind))
+                self._note("Failed", str(error), "Warning")
+                if self.state == "ErrImagePull" and not self.ending.wait(3):
                     self.state = "ImagePullBackOff"
                     self._note("BackOff", f'Back-off pulling image "{self.image}"')
-                self.ending.wait(next(image_backoff))
+                self.ending.wait(backoff(failures))
+                failures += 1
                 continue
             if time.monotonic() - started > 2 * LONGEST_BACKOFF_SECONDS:
-                backoff = itertools.chain([0.0], backoffs())
-            if not self.ending.is_set() and (pause := next(backoff)):
+                crashes = 0
+            if crashes and not self.ending.is_set():
                 self.state = "CrashLoopBackOff"
                 self._note("BackOff", "Back-off restarting failed container", "Warning")
-                self.ending.wait(pause)
+                self.ending.wait(backoff(crashes - 1))
+            crashes += 1
             self.restarts += not self.ending.is_set()
         self.gone.set()
 
     def _run_once(self) -> None:
         """Start the process, have it probed, and stay until it has ended or the pod must end."""
         self.state = "ContainerCreating"
-        try:
-            self.process = process = self.launch(self)
-        except OSError as error:
-            self._note("Failed", f"Error: {error}", "Warning")
-            self.state, self.last_exit, self.died = "RunContainerError", 128, time.monotonic()
-            return
+        self.process = process = self.launch(self)
         self._note("Started", "Container started")
         self.state, started = "Running", threading.Event()
-        for kind in PROBES:
-            if spec := self.container.get(kind):
-                arguments = (kind, spec, process, started)
-                threading.Thread(target=self._probe, args=arguments, daemon=True).start()
         if "startupProbe" not in self.container:
             started.set()
+        for kind in self.container.keys() & PROBES:
+            arguments = (kind, self.container[kind], process, started)
+            threading.Thread(target=self._probe, args=arguments, daemon=True).start()
         while process.poll() is None and not self.ending.wait(TICK_SECONDS / 2):
             if started.is_set() and "readinessProbe" not in self.container:
                 self.ready = True
@@ -132,20 +139,16 @@ class Pod:
 
     def _stop(self, process: subprocess.Popen) -> None:
         """End the process as the kubelet does: preStop, SIGTERM, and SIGKILL after the grace."""
-        self.ready, began = False, time.monotonic()
+        self.ready, began, told = False, time.monotonic(), False
         self._note("Killing", f"Stopping container {self.container['name']}")
-        if self._outlives(process, lambda: began + min(self.pre_stop, self.grace)):
-            process.terminate()
-            if self._outlives(process, lambda: began + self.grace):
-                process.kill()
-
-    def _outlives(self, process: subprocess.Popen, deadline: Callable[[], float]) -> bool:
-        """Wait for a process to end; say whether it still runs at the deadline, which may move."""
         while process.poll() is None:
-            if time.monotonic() >= deadline():
-                return True
+            seconds = time.monotonic() - began
+            if seconds >= self.grace:
+                process.kill()
+            elif seconds >= self.pre_stop and not told:
+                process.terminate()
+                told = True
             time.sleep(TICK_SECONDS / 2)
-        return False
 
     # --- Its probes -------------------------------------------------------------------------------
 
@@ -160,21 +163,19 @@ class Pod:
         while kind != "startupProbe" and not started.wait(TICK_SECONDS):
             if over():
                 return
-        self.ending.wait(spec.get("initialDelaySeconds", 0))
         check = check_http if "httpGet" in spec else check_grpc
-        action, good, bad = spec.get("httpGet") or spec["grpc"], 0, 0
+        action, failures = spec.get("httpGet") or spec["grpc"], 0
         while not over():
             problem = check(action, self.address(action["port"]), spec.get("timeoutSeconds", 1))
             if over():
                 return
-            good, bad = (good + 1, 0) if problem is None else (0, bad + 1)
+            failures = failures + 1 if problem else 0
             if problem:
-                name = kind[:-5].capitalize()
-                self._note("Unhealthy", f"{name} probe failed: {problem}", "Warning")
-            failed = bad >= spec.get("failureThreshold", 3)
+                self._note("Unhealthy", f"{kind[:-5].title()} probe failed: {problem}", "Warning")
+            failed = failures >= spec.get("failureThreshold", 3)
             if kind == "readinessProbe":
-                self.ready = (self.ready or good >= spec.get("successThreshold", 1)) and not failed
-            elif kind == "startupProbe" and good:
+                self.ready = (self.ready or not problem) and not failed
+            elif kind == "startupProbe" and not problem:
                 return started.set()
             elif failed:
                 self._note("Killing", f"Container failed {kind[:-5]} probe, will be restarted")
@@ -185,31 +186,36 @@ class Pod:
 def check_http(action: Manifest, address: str, timeout: float) -> str | None:
     """Ask for a page as the kubelet does; None for 200 to 399, redirects are not followed."""
     path = action.get("path", "/")
-    connection = http.client.HTTPConnection(address, timeout=timeout)
-    try:
-        connection.request("GET", path, headers={"User-Agent": "kube-probe/rehearsal"})
-        status = connection.getresponse().status
-    except (OSError, http.client.HTTPException) as error:
-        return f'Get "http://{address}{path}": {getattr(error, "strerror", None) or error}'
-    finally:
-        connection.close()
+    with closing(http.client.HTTPConnection(address, timeout=timeout)) as connection:
+        try:
+            connection.request("GET", path, headers={"User-Agent": "kube-probe/rehearsal"})
+            status = connection.getresponse().status
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "strerror", None) or error
+            if isinstance(error, ConnectionRefusedError):
+                reason = f"dial tcp {address}: connect: connection refused"
+            return f'Get "http://{address}{path}": {reason}'
     return None if 200 <= status < 400 else f"HTTP probe failed with statuscode: {status}"
 
 
-def check_grpc(action: Manifest, address: str, timeout: float) -> str | None:
-    """Ask the health service of gRPC; None if the service is SERVING."""
+def check_grpc(_: Manifest, address: str, timeout: float) -> str | None:
+    """Ask the health service of gRPC; None if it is SERVING."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-    request = health_pb2.HealthCheckRequest(service=action.get("service") or "")
     with grpc.insecure_channel(address, options) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout)
+            stub, request = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
+            status = stub.Check(request, timeout=timeout).status
         except grpc.RpcError as error:
             return f"error: {error.code().name}"
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    return None if status == "SERVING" else f"service unhealthy (responded with {status!r})"
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+    return None if name == "SERVING" else f"service unhealthy (responded with {name!r})"
 
 
-def backoffs() -> Iterator[float]:
-    """Yield the seconds that the kubelet waits before it tries again: 10, 20, 40 … 300."""
-    for number in itertools.count():
-        yield min(FIRST_BACKOFF_SECONDS * 2**number, LONGEST_BACKOFF_SECONDS)
+def backoff(failures: int) -> float:
+    """Return the seconds that the kubelet waits before it tries again: 10, 20, 40 … 300."""
+    return min(FIRST_BACKOFF_SECONDS * 2**failures, LONGEST_BACKOFF_SECONDS)
+
+
+def revision_of(template: Manifest) -> str:
+    """Return the hash of a pod template, which is part of its pods' names."""
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,19 +1,13 @@
 """Rehearse Kubernetes manifests without a cluster: their pods, as processes of this machine.
 
-    rehearsal = Rehearsal("ping", {"ping:001": read_image("Dockerfile")})
-    rehearsal.apply(manifests)
-    rehearsal.rollout_status("ping")
-    rehearsal.close()
-
-does to each Deployment's pods what a cluster would do: it runs their commands with their variables,
-executes their probes, starts again what has died, scales, and rolls out changes step by step. It is
-no cluster: NOT_SHOWN says what is missing. What it cannot do as a cluster does, it refuses.
+A `Rehearsal` does to each Deployment's pods what a cluster would do: it runs their commands with
+their variables, executes their probes, starts again what has died, scales, and rolls out changes
+step by step. It is no cluster: NOT_SHOWN says what is missing. What it cannot do as a cluster does,
+it refuses.
 """
 
-import base64
-import hashlib
+import copy
 import itertools
-import json
 import math
 import os
 import re
@@ -27,23 +21,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from workbook import manifests
-from workbook.manifests import Image, Manifest, container
-from workbook.pods import LETTERS, TICK_SECONDS, Pod
+from workbook.manifests import Image, Manifest, container, port_number
+from workbook.pods import TICK_SECONDS, Pod, revision_of
 from workbook.servers import is_busy, require_free_ports
 
-ENDPOINTS_SECONDS = 0.5  # so late does a Service learn which pods are ready; in a cluster, too
-PLACES = 8  # for the pods of a Deployment behind a headless Service
+ENDPOINTS_TICKS = 5  # so late does a Service learn which pods are ready; in a cluster, too
+SLOTS = 8  # for the pods of a Deployment behind a headless Service
 CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
-REHEARSED = ("Deployment", "Service", "Secret", "HorizontalPodAutoscaler")
 NOT_SHOWN = """\
 There is no scheduler, no node, no API server and no cluster DNS.
 Pods are processes of yours: they have no image, no limits and no user of their own.
@@ -62,11 +54,10 @@ class Rehearsal:
         self.revisions: dict[str, list[Manifest]] = {}
         self.all_pods: list[Pod] = []
         self.endpoints: dict[str, list[Pod]] = {}
-        # A pod has a place, and each place has ports of its own, so that the name of a headless
-        # Service can mean all places of its pods, whichever pods come and go.
-        self.places: dict[tuple[str, int], dict[int, int]] = {}
-        self.ports, self.claims = self._free_ports(), list[socket.socket]()
-        self.doors: dict[object, Door] = {}
+        # A pod has a slot, and each slot has ports of its own, so that the name of a headless
+        # Service can mean all slots of its pods, whichever pods come and go.
+        self.claims: dict[tuple[str, int], socket.socket] = {}
+        self.proxies: dict[object, Proxy] = {}
         self.lock, self.over = threading.RLock(), threading.Event()
         # It removes what is left when this program ends without having called `close`.
         self.reaper = subprocess.Popen(
@@ -87,9 +78,9 @@ class Rehearsal:
             pod.ending.set()
         for pod in self.all_pods:
             pod.gone.wait()
-        for door in self.doors.values():
-            door.close()
-        for claim in self.claims:
+        for proxy in self.proxies.values():
+            proxy.close()
+        for claim in self.claims.values():
             claim.close()
         assert self.reaper.stdin is not None
         self.reaper.stdin.close()
@@ -97,18 +88,16 @@ class Rehearsal:
 
     # --- What kubectl asks for --------------------------------------------------------------------
 
-    def apply(self, text: str) -> None:
-        """Add or change objects; a Deployment whose pod template changes is rolled out.
+    def apply(self, objects: list[Manifest]) -> None:
+        """Add or change objects; ValueError if one asks for what a rehearsal cannot do.
 
-        Raises:
-            ValueError: An object asks for something that a rehearsal cannot do.
+        A Deployment whose pod template changes is rolled out.
         """
-        objects = [each for each in yaml.safe_load_all(text) if each]
         for each in objects:
-            if each["kind"] in ("Deployment", "Service"):
+            if each["kind"] in ("Deployment", "Service", "Secret"):
                 manifests.refuse_unknown(each)
         with self.lock:
-            for each in objects:
+            for each in copy.deepcopy(objects):
                 kind, name = each["kind"], each["metadata"]["name"]
                 if kind == "Deployment":
                     history, now = self.revisions.get(name, []), each["spec"]["template"]
@@ -118,33 +107,28 @@ class Rehearsal:
 
     def change(self, deployment: str, change: Callable[[Manifest], object]) -> None:
         """Apply a Deployment again, after a function has changed what it specifies."""
-        changed = json.loads(json.dumps(self.object("Deployment", deployment)))
+        changed = copy.deepcopy(self.object("Deployment", deployment))
         change(changed["spec"])
-        self.apply(yaml.safe_dump(changed))
+        self.apply([changed])
 
     def rollout_status(self, deployment: str, seconds: float = 120) -> None:
-        """Wait until all pods of a Deployment are new and ready, and print how it goes.
-
-        Raises:
-            TimeoutError: They are not, in this time.
-        """
+        """Print how a rollout goes until all pods are new and ready, or raise TimeoutError."""
         said, deadline = "", time.monotonic() + seconds
         while time.monotonic() < deadline:
             with self.lock:
-                wanted, revision = self.replicas(deployment), self.revision(deployment)
-                pods = [pod for pod in self.pods(deployment) if not pod.ending.is_set()]
-            new = [pod for pod in pods if pod.revision == revision]
-            ready = sum(pod.ready for pod in new)
-            if ready == len(pods) == wanted:
+                wanted, (new, old) = self.replicas(deployment), self.live_pods(deployment)
+            ready = sum(map(self.is_available, new))
+            if not old and ready == len(new) == wanted:
                 return print(f'deployment "{deployment}" successfully rolled out')
-            how = f"{ready} of {wanted} updated replicas are available"
             if len(new) < wanted:
                 how = f"{len(new)} out of {wanted} new replicas have been updated"
-            elif len(pods) > len(new):
-                how = f"{len(pods) - len(new)} old replicas are pending termination"
+            elif old:
+                how = f"{len(old)} old replicas are pending termination"
+            else:
+                how = f"{ready} of {wanted} updated replicas are available"
             if how != said:
-                start = f'Waiting for deployment "{deployment}" rollout to finish'
-                print(f"{start}: {how}...", flush=True)
+                what = f'deployment "{deployment}" rollout to finish'
+                print(f"Waiting for {what}: {how}...", flush=True)
             said = how
             time.sleep(TICK_SECONDS)
         raise TimeoutError("timed out waiting for the condition")
@@ -161,24 +145,20 @@ class Rehearsal:
         options = self._options(self.pod(name), [*command]) | {"stdout": subprocess.PIPE}
         return subprocess.run(**options, text=True, timeout=60)
 
-    def forward(self, target: str, port: int | str | None = None, local_port: int = 0) -> int:
-        """Forward a port of this machine to ONE pod, `pod/NAME` or the first of `service/NAME`.
+    def forward(self, service: str, port: int, local_port: int = 0) -> int:
+        """Forward a port of this machine, which is returned, to ONE ready pod of a Service.
 
-        Returns:
-            the port on this machine; what it was forwarded to before is forgotten.
+        What it was forwarded to before is forgotten.
         """
-        kind, _, name = target.partition("/")
-        if kind == "service":
-            ready, port = self.ready_pods(name), self.target_port(name, port)
-            if not ready:
-                raise ValueError(f"no pod of the Service {name} is ready")
-        pod = ready[0] if kind == "service" else self.pod(name)
-        if local_port in self.doors:
-            self.doors.pop(local_port).close()
+        ready, target = self.ready_pods(service), self.target_port(service, port)
+        if not ready:
+            raise ValueError(f"no pod of the Service {service} is ready")
+        if local_port in self.proxies:
+            self.proxies.pop(local_port).close()
         require_free_ports(*filter(None, [local_port]))
-        door = Door(lambda: pod.address(port), local_port)
-        self.doors[door.server_address[1]] = door
-        return door.server_address[1]
+        proxy = Proxy(lambda: ready[0].address(target), local_port)
+        self.proxies[proxy.server_address[1]] = proxy
+        return proxy.server_address[1]
 
     def expose(self, service: str, port: int | str | None = None) -> int:
         """Return a port of this machine that sends each connection to some ready pod of a Service.
@@ -192,9 +172,9 @@ class Rehearsal:
             return secrets.choice(pods).address(target) if pods else "127.0.0.1:1"
 
         with self.lock:
-            if (service, target) not in self.doors:
-                self.doors[service, target] = Door(choose)
-            return self.doors[service, target].server_address[1]
+            if (service, target) not in self.proxies:
+                self.proxies[service, target] = Proxy(choose)
+            return self.proxies[service, target].server_address[1]
 
     # --- What there is ----------------------------------------------------------------------------
 
@@ -206,9 +186,8 @@ class Rehearsal:
 
     def pod(self, name: str) -> Pod:
         """Return a pod by its name."""
-        for pod in self.pods():
-            if pod.name == name:
-                return pod
+        if found := [pod for pod in self.pods() if pod.name == name]:
+            return found[0]
         raise ValueError(f'pods "{name}" not found')
 
     def named(self, kind: str) -> dict[str, Manifest]:
@@ -224,24 +203,27 @@ class Rehearsal:
 
     def replicas(self, deployment: str) -> int:
         """Return how many pods there shall be: without replicas, an autoscaler's least number."""
-        least = [
-            autoscaler["spec"].get("minReplicas", 1)
-            for autoscaler in self.named("HorizontalPodAutoscaler").values()
-            if autoscaler["spec"]["scaleTargetRef"]["name"] == deployment
-        ]
-        spec = self.object("Deployment", deployment)["spec"]
-        return spec.get("replicas", max(least, default=1))
+        scalers = [each["spec"] for each in self.named("HorizontalPodAutoscaler").values()]
+        own = [each for each in scalers if each["scaleTargetRef"]["name"] == deployment]
+        least = own[0].get("minReplicas", 1) if own else 1
+        return self.object("Deployment", deployment)["spec"].get("replicas", least)
 
-    def revision(self, deployment: str) -> str:
-        """Return the hash of the pod template that a Deployment has now."""
-        template = self.object("Deployment", deployment)["spec"]["template"]
-        digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).digest()[:8]
-        return "".join(LETTERS[byte % len(LETTERS)] for byte in digest)
+    def live_pods(self, deployment: str) -> tuple[list[Pod], list[Pod]]:
+        """Return the pods that shall stay: those of the present pod template, and older ones."""
+        now = revision_of(self.object("Deployment", deployment)["spec"]["template"])
+        live = [pod for pod in self.pods(deployment) if not pod.ending.is_set()]
+        new = [pod for pod in live if pod.revision == now]
+        return new, [pod for pod in live if pod not in new]
 
     def ready_pods(self, service: str) -> list[Pod]:
         """Return the pods that a Service may send requests to."""
         pods = [pod for pod in self.pods() if pod.owner in self._templates_behind(service)]
         return [pod for pod in pods if pod.ready and not pod.ending.is_set()]
+
+    def is_available(self, pod: Pod) -> bool:
+        """Say whether a pod has been ready for its Deployment's minReadySeconds."""
+        least = self.object("Deployment", pod.owner)["spec"].get("minReadySeconds", 0)
+        return time.monotonic() - pod.ready_since >= least
 
     def target_port(self, service: str, port: int | str | None = None) -> int | str:
         """Return the port of the pods that a Service's port leads to, by default its first one."""
@@ -264,7 +246,7 @@ class Rehearsal:
                 self.all_pods = self.pods()
                 for name in self.named("Deployment"):
                     self._reconcile(name)
-                if number % max(1, round(ENDPOINTS_SECONDS / TICK_SECONDS)) == 0:
+                if number % ENDPOINTS_TICKS == 0:
                     self.endpoints = {name: self.ready_pods(name) for name in self.named("Service")}
             if self.over.wait(TICK_SECONDS):
                 return
@@ -272,26 +254,25 @@ class Rehearsal:
     def _reconcile(self, name: str) -> None:
         """Take one step towards a Deployment's pods, within maxSurge and maxUnavailable."""
         spec = self.object("Deployment", name)["spec"]
-        wanted, revision = self.replicas(name), self.revision(name)
-        live = [pod for pod in self.pods(name) if not pod.ending.is_set()]
-        new = [pod for pod in live if pod.revision == revision]
-        old = [pod for pod in live if pod.revision != revision]
+        wanted, (new, old) = self.replicas(name), self.live_pods(name)
+        live = len(new) + len(old)
         rolling = spec.get("strategy", {}).get("rollingUpdate") or {}
-        surge = manifests.absolute(rolling.get("maxSurge", "25%"), wanted, math.ceil)
-        fewer = manifests.absolute(rolling.get("maxUnavailable", "25%"), wanted, math.floor)
+        # By default a quarter more and a quarter fewer.
+        surge = rolling.get("maxSurge", math.ceil(wanted / 4))
+        fewer = rolling.get("maxUnavailable", wanted // 4)
         least = wanted - (fewer or int(not surge))
-        for _ in range(min(wanted - len(new), wanted + surge - len(live))):
-            taken = {pod.place for pod in self.pods(name)}
-            place = next(number for number in itertools.count() if number not in taken)
-            template = spec["template"]
-            self.all_pods.append(Pod(name, revision, template, place, self.folder, self._launch))
+        for _ in range(min(wanted - len(new), wanted + surge - live)):
+            taken = {pod.slot for pod in self.pods(name)}
+            slot = next(number for number in itertools.count() if number not in taken)
+            self.all_pods.append(Pod(name, spec["template"], slot, self.folder, self._launch))
         # The new ones that are too many go, the youngest first, those that are not ready before.
         surplus = sorted(new, key=lambda pod: (pod.ready, -pod.born))[: max(0, len(new) - wanted)]
         # Of the old ones those that serve nobody may go at once, the others only when not missed.
-        spare = max(0, len(live) - least - sum(not pod.ready for pod in new))
+        available = sum(map(self.is_available, new))
+        spare = max(0, live - least - (len(new) - available))
         idle = [pod for pod in old if not pod.ready][:spare]
         serving = [pod for pod in old if pod.ready]
-        unmissed = max(0, len(serving) + sum(pod.ready for pod in new) - least)
+        unmissed = max(0, len(serving) + available - least)
         for pod in [*surplus, *idle, *serving[:unmissed]]:
             pod.ending.set()
 
@@ -304,14 +285,15 @@ class Rehearsal:
         image, own = self.images[pod.image], "command" in pod.container
         words = pod.container.get("command", image.entrypoint)
         words = [*words, *pod.container.get("args", [] if own else image.command)]
-        pod.ports = self._ports_at(pod.owner, pod.place)
+        numbers = [each["containerPort"] for each in pod.container.get("ports", [])]
+        pod.ports = {number: self._port_at(pod.owner, number, pod.slot) for number in numbers}
         with pod.log.open("wb") as log:
             return subprocess.Popen(**self._options(pod, words) | {"stdout": log})
 
     def _options(self, pod: Pod, words: list[str]) -> dict[str, Any]:
         """Return what `subprocess` needs to run a command as in a pod's container."""
         image = self.images[pod.image]
-        asked = image.environment | manifests.environment(pod.container, self._secret)
+        asked = image.environment | manifests.environment(pod.container, self.object)
         here = dict(zip(asked, self._here(pod, [*asked.values()]), strict=True))
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"PATH": path, "PYTHONUNBUFFERED": "1", "REHEARSAL": self.id}
@@ -324,12 +306,6 @@ class Rehearsal:
             "start_new_session": True,
         }
 
-    def _secret(self, name: str) -> dict[str, str]:
-        secret = self.object("Secret", name)
-        coded = secret.get("data", {}).items()
-        data = {key: base64.b64decode(text).decode() for key, text in coded}
-        return data | secret.get("stringData", {})
-
     def _here(self, pod: Pod, words: list[str]) -> list[str]:
         """Replace the addresses, ports and paths of a cluster by those of this machine."""
         names = "|".join(self.named("Service")) or "(?!)"
@@ -337,7 +313,7 @@ class Rehearsal:
         rules = {rf"(?:dns:///)?(?<![\w.-])(?P<service>{names}){end}:(?P<port>\d+)": ""}
         for inside, here in sorted(self.images[pod.image].paths.items(), reverse=True):
             rules[re.escape(inside) + r"(?![\w.-])"] = here
-        rules |= {r"(?<![\d.])0\.0\.0\.0(?![\d.])": "127.0.0.1", "^python3?$": sys.executable}
+        rules[r"(?<![\d.])0\.0\.0\.0(?![\d.])"] = "127.0.0.1"
         rules |= {rf"(?<![\w.]){number}(?!\w)": str(own) for number, own in pod.ports.items()}
 
         def replace(match: re.Match[str]) -> str:
@@ -348,41 +324,34 @@ class Rehearsal:
         return [re.sub("|".join(rules), replace, word) for word in words]
 
     def _service_address(self, name: str, port: int) -> str:
-        """Return what stands for `name:port` here: all places of its pods, or a balanced port."""
+        """Return what stands for `name:port` here: all slots of its pods, or a balanced port."""
         if self.object("Service", name)["spec"].get("clusterIP") != "None":
             return f"127.0.0.1:{self.expose(name, port)}"
         target, behind = self.target_port(name, port), self._templates_behind(name)
         if not behind:  # a cluster's DNS would know its pods later; a process is told once
             raise ValueError(f"Error: no Deployment makes pods for the Service {name} yet")
-        return ",".join(
-            f"127.0.0.1:{self._ports_at(each, n)[manifests.port_number(container(its), target)]}"
-            for each, its in behind.items()
-            for n in range(PLACES)
-        )
+        numbers = {each: port_number(container(its), target) for each, its in behind.items()}
+        slots = itertools.product(numbers.items(), range(SLOTS))
+        return ",".join(f"127.0.0.1:{self._port_at(*each, slot)}" for each, slot in slots)
 
-    def _ports_at(self, deployment: str, place: int) -> dict[int, int]:
-        """Return the ports on this machine that pods have in one of a Deployment's places."""
-        with self.lock:
-            if (deployment, place) not in self.places:
-                its = container(self.object("Deployment", deployment)["spec"]["template"])
-                own = {number: next(self.ports) for number in manifests.port_numbers(its)}
-                self.places[deployment, place] = own
-            return self.places[deployment, place]
+    def _port_at(self, deployment: str, number: int, slot: int) -> int:
+        """Return the port on this machine for a port of the pods in one of a Deployment's slots.
 
-    def _free_ports(self) -> Iterator[int]:
-        """Yield ports that nobody listens at, from hundreds that no other rehearsal has claimed.
-
-        They are below those that the system gives to outgoing connections, 32768 and more on Linux.
+        It is among a hundred that nobody listens at and that no other rehearsal has claimed, below
+        those that the system gives to outgoing connections, 32768 and more on Linux.
         """
-        while True:
-            first = 26_000 + 100 * secrets.randbelow(60)
-            with suppress(OSError):
-                self.claims.append(socket.create_server(("127.0.0.1", first)))
-                yield from (port for port in range(first + 1, first + 100) if not is_busy(port))
+        with self.lock:
+            while (deployment, number) not in self.claims:
+                first = 26_000 + 100 * secrets.randbelow(60)
+                if not any(map(is_busy, range(first, first + 100))):
+                    with suppress(OSError):
+                        claim = socket.create_server(("127.0.0.1", first))
+                        self.claims[deployment, number] = claim
+            return self.claims[deployment, number].getsockname()[1] + 1 + slot
 
 
-class Door(socketserver.ThreadingTCPServer):
-    """A port of this machine, each of whose connections goes to the address that is chosen."""
+class Proxy(socketserver.ThreadingTCPServer):
+    """A port of this machine; the address that each connection goes to is chosen then."""
 
     daemon_threads = allow_reuse_address = True
     request_queue_size = 128

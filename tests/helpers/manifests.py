@@ -24,12 +24,12 @@ COMPOSE = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())["services"]
 # The label app.kubernetes.io/name by the component.
 NAMES = {"gateway": "clothing-gateway", "model-server": "clothing-model", "ping": "ping"}
 
-# What is applied to a cluster: folders of kube-config/, the last of them a component.
+# What is applied to a cluster: folders of kube-config/, and components for them.
 ENVIRONMENTS = {
     "base": (["base"], []),
-    "base with embedded": (["base"], ["embedded"]),
-    "kind": (["kind"], []),
-    "kind with embedded": (["kind"], ["embedded"]),
+    "embedded": (["embedded"], []),
+    "single-node": (["single-node"], []),
+    "single-node, embedded": (["single-node"], ["embedded/component"]),
     "gpu": (["gpu"], []),
     "own-model": (["own-model"], []),
     "ping": (["ping"], []),
@@ -113,9 +113,13 @@ def pod_labels(deployment: dict) -> dict:
 
 
 def selects(selector: dict, labels: dict) -> bool:
-    """Whether a label selector, which must be of the simplest kind, selects these labels."""
-    assert selector.keys() <= {"matchLabels"}
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    """Whether a label selector, which must be of the simplest kinds, selects these labels."""
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    expressions = selector.get("matchExpressions", [])
+    assert all(each["operator"] == "In" for each in expressions)
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        labels.get(each["key"]) in each["values"] for each in expressions
+    )
 
 
 def ports(deployment: dict) -> dict[str, int]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.forked import ForkedModelServer
+
 
 @dataclass
 class Addresses:
@@ -26,7 +28,7 @@ class Addresses:
 class Server(Addresses):
     """A process under test, with the addresses where it answers and the file that it logs to."""
 
-    process: subprocess.Popen = field(kw_only=True)
+    process: subprocess.Popen | ForkedModelServer = field(kw_only=True)
     log: Path = field(kw_only=True)
 
     def stop(self) -> int:

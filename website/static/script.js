@@ -56,6 +56,7 @@ async function run(job) {
   const { card, signal } = job;
   card.classList.remove("failed");
   card.querySelector(".again").hidden = true;
+  card.querySelector(".problem").textContent = "";
   card.querySelector("h3").textContent = "Looking at the picture …";
   card.setAttribute("aria-busy", "true");
   try {
@@ -232,12 +233,18 @@ function showFailure(job, { message, worthRepeating }) {
     await run(job);
     if (cards.childElementCount > 1) announce(card.querySelector("h3").textContent);
   };
+  const place = card.querySelector(".problem");
   if (cards.childElementCount > 1) {
-    card.querySelector(".problem").textContent = message;
-  } else {
+    place.textContent = message;
+    return;
+  }
+  announce(message);
+  if (link) {
     showProblem(message, link);
-    announce(message);
     for (const part of [form.url.labels[0], problemLine]) part.scrollIntoView({ block: "nearest" });
+  } else {
+    place.textContent = message;
+    place.scrollIntoView({ block: "nearest" });
   }
 }
 
