@@ -138,7 +138,7 @@ class _Runner:
         details = self._interpreter.get_input_details(), self._interpreter.get_output_details()
         # Of the main graph, which a request may ask by the names of its tensors.
         self._inputs, self._outputs = ({each["name"]: each for each in side} for side in details)
-        self.placeholders = {name for name, each in self._inputs.items() if _is_resizable(each)}
+        self.placeholders: set[str] = set()
         # For each signature of LiteRT, the alias of each tensor by the name that it has here.
         self._aliases: dict[str, dict[str, str]] = {}
         self.signatures = self._read_signatures(content)
@@ -194,6 +194,7 @@ class _Runner:
                 for side in (self._inputs, self._outputs)
             ]
             signatures[DEFAULT_SIGNATURE] = _signature_def(*named)
+            self.placeholders = {n for n, each in self._inputs.items() if _is_resizable(each)}
         return signatures
 
     def _correct_names(self, name: str, signature: Any) -> None:
