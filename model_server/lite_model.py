@@ -73,9 +73,8 @@ class LiteModel(Servable):
             raise
         except Exception as error:
             metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "fail")
-            raise invalid_argument(
-                f"{path / LITE_FILE} is not a TensorFlow Lite model: {error}"
-            ) from error
+            reason = " ".join(str(error).split())
+            raise invalid_argument(f"{path / LITE_FILE}: LiteRT cannot run it: {reason}") from error
         self._changing = threading.Lock()
         self._requests = 0
         self._sharing: BatchScheduler | None = None

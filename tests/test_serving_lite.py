@@ -232,7 +232,7 @@ def test_a_broken_file_is_said_and_not_served(tmp_path: Path):
         *("--max_num_load_retries=0", "--rest_api_port=0"),
     )
     assert outcome.status == 1
-    assert "1/model.tflite is not a TensorFlow Lite model: " in outcome.stderr
+    assert "1/model.tflite: LiteRT cannot run it: " in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 
