@@ -14,16 +14,16 @@ Flags, status codes, messages and JSON shapes are those of ``tensorflow_model_se
 - warm-up from ``assets.extra``, new versions that take over without a failed request, batching, a
   shutdown that lets requests end.
 
-``--prefer_tflite_model`` serves a version's ``model.tflite``, if there is one, by LiteRT. TensorFlow
-is imported only when a SavedModel must be loaded, so that such a server is ready in half a second.
+``--prefer_tflite_model`` serves a version's ``model.tflite`` by LiteRT, if there is one. TensorFlow
+is imported only when a SavedModel must be loaded, so such a server is ready in half a second.
 
 Models with operations of TensorFlow Text or Decision Forests, which TensorFlow Serving has linked
 in, load where ``tensorflow_text`` or ``tensorflow_decision_forests`` is installed: the package is
 imported when a model needs it.
 
 Not covered: SessionRun, PredictStreamed and the profiler, which answer UNIMPLEMENTED; models for
-other platforms; the ParseExample operation in TensorFlow Lite; base paths that are URIs; ALTS and logging of requests. Flags
-without effect are accepted with a warning.
+other platforms; the ParseExample operation in TensorFlow Lite; base paths that are URIs; ALTS and
+logging of requests. Flags without effect are accepted with a warning.
 
 It differs from TensorFlow Serving in these points, most of which report a mistake sooner:
 
