@@ -14,16 +14,21 @@ Flags, status codes, messages and JSON shapes are those of ``tensorflow_model_se
 - warm-up from ``assets.extra``, new versions that take over without a failed request, batching, a
   shutdown that lets requests end.
 
+``--prefer_tflite_model`` serves a version's ``model.tflite`` by LiteRT, if there is one. TensorFlow
+is imported only when a SavedModel must be loaded, so such a server is ready in half a second.
+
 Models with operations of TensorFlow Text or Decision Forests, which TensorFlow Serving has linked
 in, load where ``tensorflow_text`` or ``tensorflow_decision_forests`` is installed: the package is
 imported when a model needs it.
 
 Not covered: SessionRun, PredictStreamed and the profiler, which answer UNIMPLEMENTED; models for
-other platforms and TensorFlow Lite; base paths that are URIs; ALTS and logging of requests. Flags
-without effect are accepted with a warning.
+other platforms; the ParseExample operation in TensorFlow Lite; base paths that are URIs; ALTS and
+logging of requests. Flags without effect are accepted with a warning.
 
 It differs from TensorFlow Serving in these points, most of which report a mistake sooner:
 
+- a TensorFlow Lite model offers the signatures that converters write for LiteRT, too, each with a
+  graph of its own; a request that comes alone runs on all cores;
 - the shape of an input that is a placeholder must fit the one that its signature declares, and an
   integer in JSON must fit its dtype;
 - HandleReloadConfigRequest answers after the first attempt to load a new model. When that fails, or
@@ -35,7 +40,8 @@ It differs from TensorFlow Serving in these points, most of which report a mista
   row for each) run on their own, where TensorFlow Serving refuses them.
 
 ``server`` starts and stops everything; ``config`` reads which models to serve, ``manager`` knows
-their versions, ``servable`` is one of them; ``service`` answers requests, ``grpc_api`` and
+their versions, ``servable`` is one of them, ``saved_model`` or
+``lite_model``; ``service`` answers requests, ``grpc_api`` and
 ``rest_api`` carry them; ``inference`` answers for lists of Examples, which ``json_examples`` reads;
 ``tensors`` and ``json_tensors`` turn what is on the wire into NumPy arrays and back, and
 ``json_workers`` has processes do so where it takes long; ``warmup`` replays stored requests,

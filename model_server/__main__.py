@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .server import ModelServer
@@ -63,8 +63,9 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
     flags, unknown = parser.parse_known_args(arguments)
     fields = vars(flags)
     if fields.pop("version"):
-        print(f"TensorFlow ModelServer: {version('tensorflow-serving-api')} (in Python)")
-        print(f"TensorFlow Library: {version('tensorflow')}")
+        print(f"TensorFlow ModelServer: {_version('tensorflow-serving-api')} (in Python)")
+        print(f"TensorFlow Library: {_version('tensorflow')}")
+        print(f"LiteRT: {_version('ai-edge-litert')}")
         sys.exit()
     if unknown:
         name = unknown[0].partition("=")[0]
@@ -86,6 +87,13 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
         fields["tensorflow_intra_op_parallelism"] = both
         fields["tensorflow_inter_op_parallelism"] = both
     return fields
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _port(text: str) -> int:
@@ -193,6 +201,18 @@ FLAGS: dict[str, tuple[Any, str]] = {
         "milliseconds that a prediction over REST may take; 0 means without limit",
     ),
     "rest_api_enable_cors_support": (_boolean, "let web pages of other sites use the REST API"),
+    "prefer_tflite_model": (
+        _boolean,
+        "serve model.tflite in a version's folder, if there is one, in place of its SavedModel",
+    ),
+    "num_tflite_pools": (
+        int,
+        "requests that a TensorFlow Lite model answers at a time; 0 means one a core",
+    ),
+    "num_tflite_interpreters_per_pool": (
+        int,
+        "above 1, rows of requests to a TensorFlow Lite model are merged and shared out among them",
+    ),
     "tensorflow_session_parallelism": (int, "sets both of the following"),
     "tensorflow_intra_op_parallelism": (
         int,
@@ -212,11 +232,8 @@ WITHOUT_EFFECT = [
     "flush_filesystem_caches",
     "mixed_precision",
     "num_load_threads",
-    "num_tflite_interpreters_per_pool",
-    "num_tflite_pools",
     "num_unload_threads",
     "platform_config_file",
-    "prefer_tflite_model",
     "remove_unused_fields_from_bundle_metagraph",
     "skip_initialize_tpu",
     "thread_pool_factory_config_file",

@@ -22,6 +22,8 @@ from typing import Any
 import grpc
 import numpy as np
 
+from tfserving import server_messages_pb2
+
 from . import metrics, text_protos
 from .errors import ServingError, invalid_argument
 
@@ -46,7 +48,7 @@ class BatchingParameters:
     @classmethod
     def from_file(cls, path: str | Path) -> "BatchingParameters":
         """Read a text proto; raise ValueError with one sentence when something is wrong in it."""
-        proto = text_protos.read(path, text_protos.BatchingParameters())
+        proto = text_protos.read(path, server_messages_pb2.BatchingParameters())
         values: dict[str, Any] = {}
         for field, value in proto.ListFields():
             plain = not field.message_type

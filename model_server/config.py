@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 import grpc
-from tensorflow_serving.config import model_server_config_pb2
+
+from tfserving import server_messages_pb2 as pb
 
 from . import text_protos
 from .errors import ServingError, invalid_argument
@@ -19,7 +20,7 @@ EXPECTED = (
 def read(file: str) -> Any:
     """Read a ``ModelServerConfig`` in text format; raise ValueError with one sentence otherwise."""
     try:
-        config = text_protos.read(file, model_server_config_pb2.ModelServerConfig())
+        config = text_protos.read(file, pb.ModelServerConfig())
         check(config)
     except (ValueError, ServingError) as error:
         where = "" if file in str(error) else f"{file}: "
@@ -32,7 +33,7 @@ def single_model(name: str, base_path: str) -> Any:
 
     Raises ServingError when the base path is a URI.
     """
-    config = model_server_config_pb2.ModelServerConfig()
+    config = pb.ModelServerConfig()
     config.model_config_list.config.add(
         name=name,
         base_path=base_path if "://" in base_path else os.path.abspath(base_path),
@@ -90,7 +91,7 @@ def _platform(model: Any) -> str:
                 "Illegal setting both ModelServerConfig::model_type (deprecated) and "
                 "ModelServerConfig::model_platform."
             )
-        if model.model_type != model_server_config_pb2.TENSORFLOW:
+        if model.model_type != pb.TENSORFLOW:
             raise invalid_argument(
                 f"ModelServerConfig::model_type choice {model.model_type} not supported."
             )

@@ -34,6 +34,7 @@ ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 COPY --from=packages /app/.venv .venv
 COPY --chown=10001:10001 model_server/batching.config model_server/monitoring.config /etc/serving/
+COPY --chown=10001:10001 tfserving tfserving
 COPY --chown=10001:10001 model_server/*.py model_server/
 ARG MODEL_NAME
 COPY --chown=10001:10001 --from=model /context/build/${MODEL_NAME} /models/${MODEL_NAME}

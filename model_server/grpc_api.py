@@ -9,7 +9,8 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
+
+from tfserving import services_pb2_grpc
 
 from . import inference, metrics, service
 from .errors import ServingError
@@ -22,7 +23,7 @@ logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # no traceback for
 MAX_STATUS_BYTES = 1024
 
 
-class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+class PredictionService:
     """``tensorflow.serving.PredictionService`` on the models of a manager."""
 
     def __init__(
@@ -43,7 +44,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self.GetModelMetadata = _handler(partial(service.get_model_metadata, manager))
 
 
-class ModelService(model_service_pb2_grpc.ModelServiceServicer):
+class ModelService:
     """``tensorflow.serving.ModelService`` on the models of a manager."""
 
     def __init__(self, manager: ModelManager, probes: ThreadPoolExecutor):
@@ -74,13 +75,13 @@ def make_server(
             *channel_arguments,
         ],
     )
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
+    services_pb2_grpc.add_PredictionServiceServicer_to_server(
         PredictionService(
             manager, as_tensor_content, check_method_name, enforce_session_run_timeout
         ),
         server,
     )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(manager, probes), server)
+    services_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(manager, probes), server)
     server.add_generic_rpc_handlers([_NotCovered()])
     if with_health:
         # SERVING from the start, because the port opens only when every model is loaded.

@@ -6,13 +6,13 @@ from typing import Any
 
 import grpc
 import numpy as np
-import tensorflow as tf
-from tensorflow.core.framework import types_pb2
-from tensorflow_serving.apis import classification_pb2, regression_pb2
+
+from tfserving import messages_pb2, server_messages_pb2
 
 from .errors import ServingError, invalid_argument
 from .json_tensors import float_literals, quoted, shape_name
 from .servable import DEFAULT_SIGNATURE, Servable
+from .tensors import data_type
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _classification_result(outputs: Mapping[str, np.ndarray], count: int) -> Any
     size = next(iter(outputs.values())).shape[1]
     labels = [[""] * size] * count if classes is None else classes.tolist()
     values = [[0.0] * size] * count if scores is None else scores.tolist()
-    result = classification_pb2.ClassificationResult()
+    result = server_messages_pb2.ClassificationResult()
     for row in range(count):
         added = result.classifications.add().classes
         for label, score in zip(labels[row], values[row], strict=True):
@@ -201,7 +201,7 @@ def _regression_result(outputs: Mapping[str, np.ndarray], count: int) -> Any:
             f"Input batch size did not match output batch size: {count} vs. {len(array)}"
         )
     _check_dtype(array, REGRESS.outputs["outputs"], "output Tensor of DT_FLOAT.  ")
-    result = regression_pb2.RegressionResult()
+    result = server_messages_pb2.RegressionResult()
     for value in array.ravel().tolist():
         result.regressions.add(value=value)
     return result
@@ -217,22 +217,22 @@ def _literals(values: Iterable[float]) -> list[str]:
 
 
 def _check_dtype(array: np.ndarray, dtype: int, expected: str) -> None:
-    got = tf.as_dtype(array.dtype).as_datatype_enum
+    got = data_type(array.dtype)
     if got != dtype:
         raise invalid_argument(f"Expected {expected}Got: {_name(got)}")
 
 
 def _name(dtype: int) -> str:
-    return types_pb2.DataType.Name(dtype)
+    return messages_pb2.DataType.Name(dtype)
 
 
 CLASSIFY = Method(
     "tensorflow/serving/classify",
     api="Classify",
     kind="classification",
-    request=classification_pb2.ClassificationRequest,
-    response=classification_pb2.ClassificationResponse,
-    outputs={"classes": types_pb2.DT_STRING, "scores": types_pb2.DT_FLOAT},
+    request=server_messages_pb2.ClassificationRequest,
+    response=server_messages_pb2.ClassificationResponse,
+    outputs={"classes": messages_pb2.DT_STRING, "scores": messages_pb2.DT_FLOAT},
     wrong_count="Expected one or two output Tensors, found {count}",
     missing="Expected classification signature outputs to contain at least one of "
     '"classes" or "scores". Signature was: {signature}',
@@ -243,9 +243,9 @@ REGRESS = Method(
     "tensorflow/serving/regress",
     api="Regress",
     kind="regression",
-    request=regression_pb2.RegressionRequest,
-    response=regression_pb2.RegressionResponse,
-    outputs={"outputs": types_pb2.DT_FLOAT},
+    request=server_messages_pb2.RegressionRequest,
+    response=server_messages_pb2.RegressionResponse,
+    outputs={"outputs": messages_pb2.DT_FLOAT},
     wrong_count="Expected one output Tensor.",
     missing="No regression outputs found in SignatureDef: {signature}",
     make_result=_regression_result,

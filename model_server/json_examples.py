@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tensorflow_serving.apis import input_pb2
+from tfserving import server_messages_pb2
 
 from .errors import invalid_argument
 from .json_tensors import FLOAT, JSON_TYPES, STRING, parse_tensor, show
@@ -11,8 +11,8 @@ from .json_tensors import FLOAT, JSON_TYPES, STRING, parse_tensor, show
 
 def parse_input(document: Mapping[str, Any]) -> Any:
     """Read the ``Input`` of a classify or regress request from its JSON body."""
-    inputs = input_pb2.Input()
-    examples = inputs.example_list
+    inputs = server_messages_pb2.Input()
+    examples: Any = inputs.example_list
     if "context" in document:
         examples = inputs.example_list_with_context
         _fill_example(examples.context, document["context"])

@@ -9,13 +9,11 @@ comes to an end then.
     python -m model_server.json_workers        is such a process
 """
 
-import importlib.util
 import os
 import pickle
 import subprocess
 import sys
 import threading
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -183,7 +181,6 @@ def _signature_name(document: Mapping[str, Any]) -> str:
 
 def _serve() -> None:
     """Answer calls until standard input ends."""
-    _do_without_tensorflow()
     calls, answers = sys.stdin.buffer, sys.stdout.buffer
     by_name = functions()
     while True:
@@ -200,15 +197,6 @@ def _serve() -> None:
         pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
         answers.flush()
         del arguments, answer
-
-
-def _do_without_tensorflow() -> None:
-    """Let messages be imported from the package without the package, which takes seconds."""
-    package = types.ModuleType("tensorflow")
-    found = importlib.util.find_spec("tensorflow")
-    assert found
-    package.__path__ = list(found.submodule_search_locations or ())
-    sys.modules["tensorflow"] = package
 
 
 if __name__ == "__main__":

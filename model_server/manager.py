@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from tensorflow_serving.apis import get_model_status_pb2
+
+from tfserving import messages_pb2
 
 from . import config as model_config
 from .errors import ServingError, invalid_argument
@@ -20,7 +21,7 @@ from .servable import Servable
 
 log = logging.getLogger(__name__)
 
-State = get_model_status_pb2.ModelVersionStatus
+State = messages_pb2.ModelVersionStatus
 REMINDER_SECONDS = 60.0
 
 
@@ -278,10 +279,6 @@ class ModelManager:
 
     def start(self) -> None:
         """Begin to poll, in a thread of its own."""
-        # From now on the garbage collector skips what has been imported. Going through all of
-        # TensorFlow would stop every thread, and every request, for a fifth of a second.
-        gc.collect()
-        gc.freeze()
         self._thread.start()
 
     def is_busy(self) -> bool:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
+from tfserving import server_messages_pb2
+
 from . import text_protos
 from .errors import ServingError
 
@@ -29,7 +31,7 @@ def prometheus_path(monitoring_config_file: str) -> str | None:
 
     Raises ValueError with one sentence when something is wrong with the file.
     """
-    proto = text_protos.read(monitoring_config_file, text_protos.MonitoringConfig())
+    proto = text_protos.read(monitoring_config_file, server_messages_pb2.MonitoringConfig())
     path = proto.prometheus_config.path or DEFAULT_PATH
     if not path.startswith("/"):
         raise ValueError(f'{monitoring_config_file}: path must begin with "/"; was "{path}"')

@@ -19,15 +19,12 @@ from urllib.parse import unquote
 import grpc
 import waitress.server
 from google.protobuf import json_format
-from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
-    get_model_status_pb2,
-    input_pb2,
-    model_pb2,
-)
 from waitress import wasyncore
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Request, Response
+
+from tfserving import messages_pb2 as pb
+from tfserving import server_messages_pb2
 
 from . import inference, metrics, service
 from .errors import ServingError, invalid_argument
@@ -142,16 +139,16 @@ class RestApi:
             raise invalid_argument(f"Malformed request: {request.method} {path}")
 
     def _status(self, match: re.Match[str]) -> str:
-        request = get_model_status_pb2.GetModelStatusRequest(model_spec=_spec(match))
+        request = pb.GetModelStatusRequest(model_spec=_spec(match))
         return _message_to_json(service.get_model_status(self.manager, request))
 
     def _metadata(self, match: re.Match[str]) -> str:
-        request = get_model_metadata_pb2.GetModelMetadataRequest(
+        request = pb.GetModelMetadataRequest(
             model_spec=_spec(match), metadata_field=[service.SIGNATURE_DEF]
         )
         response = service.get_model_metadata(self.manager, request)
-        signatures = get_model_metadata_pb2.SignatureDefMap()
-        response.metadata[service.SIGNATURE_DEF].Unpack(signatures)
+        signatures = pb.SignatureDefMap()
+        signatures.ParseFromString(response.metadata[service.SIGNATURE_DEF].value)
         return (
             f'{{\n"model_spec":{_message_to_json(response.model_spec)},\n'
             f'"metadata": {{"signature_def": {_message_to_json(signatures)}}}\n}}\n'
@@ -163,7 +160,7 @@ class RestApi:
         with self.json.for_body(body) as call:
             spec.signature_name = call("parse", body)
             if method:
-                examples = input_pb2.Input.FromString(call("examples"))
+                examples = server_messages_pb2.Input.FromString(call("examples"))
             else:
                 inputs, rows = call("inputs", self._declared(spec))
         return self._infer(method, spec, examples) if method else self._predict(spec, inputs, rows)
@@ -281,7 +278,7 @@ def _body(request: Request) -> bytes:
 
 def _spec(match: re.Match[str]) -> Any:
     """Make the ``ModelSpec`` of the model, version or label in an address."""
-    spec = model_pb2.ModelSpec(name=_decode(match["name"]))
+    spec = pb.ModelSpec(name=_decode(match["name"]))
     if match["label"]:
         spec.version_label = _decode(match["label"])
     if match["version"]:

@@ -1,9 +1,7 @@
-"""One loaded version of a model: its signatures, and the session that runs them."""
+"""One loaded version of a model: its signatures, and what every engine does before it runs them."""
 
+import abc
 import functools
-import importlib
-import logging
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,52 +9,37 @@ from typing import Any
 
 import grpc
 import numpy as np
-import tensorflow as tf
-from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 
 from . import metrics, tensors
 from .batching import BatchScheduler
-from .errors import ServingError, invalid_argument, status_code
-
-log = logging.getLogger(__name__)
+from .errors import ServingError, invalid_argument
 
 DEFAULT_SIGNATURE = "serving_default"
-# Packages whose import registers operations that TensorFlow itself has not.
-OPERATIONS = ("tensorflow_text", "tensorflow_decision_forests")
+# What --prefer_tflite_model looks for beside saved_model.pb.
+LITE_FILE = "model.tflite"
 
 _with_limits = ThreadPoolExecutor(max_workers=512, thread_name_prefix="run")
 
 
-class Servable:
-    """A SavedModel in a TensorFlow session of its own; safe to use from many threads at once.
+class Servable(abc.ABC):
+    """A model in an engine of its own; safe to use from many threads at once.
 
-    ``signatures`` maps each signature's name to its ``SignatureDef``.
+    ``signatures`` maps each signature's name to its ``SignatureDef``, ``placeholders`` names the
+    tensors that only a request can provide.
     """
 
     def __init__(
         self,
         path: Path,
-        tags: Iterable[str] = ("serve",),
-        session_config: Any = None,
+        signatures: Mapping[str, Any],
+        placeholders: Collection[str],
         scheduler: BatchScheduler | None = None,
     ):
-        """Load the meta graph with ``tags``; raise ServingError when ``path`` does not hold it."""
+        """Raise ServingError when the parameters for batching beside the model are wrong."""
+        self.signatures = signatures
+        self._placeholders = placeholders
         self._scheduler = scheduler
         self._batching = scheduler.parameters_for(path) if scheduler else None
-        begin = metrics.now_us()
-        try:
-            self._session, meta_graph = _load(path, tags, session_config)
-        except Exception as error:
-            metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "fail")
-            raise _load_error(path, error) from error
-        metrics.LOAD_ATTEMPT_COUNT.increment(str(path), "success")
-        metrics.LOAD_LATENCY.increment(str(path), by=round(metrics.now_us() - begin))
-        # Copies, since a reference into the meta graph would keep all of it in memory.
-        self.signatures = {
-            name: meta_graph_pb2.SignatureDef.FromString(signature.SerializeToString())
-            for name, signature in meta_graph.signature_def.items()
-        }
-        self._placeholders = _placeholders(self._session.graph)
         self._callable = functools.lru_cache(maxsize=64)(self._make_callable)
 
     def signature(self, name: str) -> Any:
@@ -115,9 +98,18 @@ class Servable:
             for name, aliases in outputs.items()
         ]
 
+    @abc.abstractmethod
     def close(self) -> None:
-        """Free the session; no request may be running."""
-        self._session.close()
+        """Free the engine; no request may be running."""
+
+    @abc.abstractmethod
+    def _make_callable(
+        self, fed: tuple[str, ...], fetched: tuple[str, ...]
+    ) -> Callable[..., list[np.ndarray]]:
+        """Make a function of the tensors ``fed`` that returns those ``fetched``, both by name.
+
+        It raises ServingError for what the engine refuses.
+        """
 
     def _batch(
         self,
@@ -141,55 +133,11 @@ class Servable:
         timeout_ms: int,
     ) -> list[np.ndarray]:
         begin = metrics.now_us()
-        try:
-            run = self._callable(fed, fetched)
-            arrays = run(*feeds) if not timeout_ms else _within(timeout_ms, run, feeds)
-        except tf.errors.OpError as error:
-            raise ServingError(status_code(error.error_code), error.message) from error
+        run = self._callable(fed, fetched)
+        arrays = run(*feeds) if not timeout_ms else _within(timeout_ms, run, feeds)
         metrics.GRAPH_RUNS.increment()
         metrics.GRAPH_RUN_TIME.increment(by=round(metrics.now_us() - begin))
         return [np.asarray(a, object if isinstance(a, bytes) else None) for a in arrays]
-
-    def _make_callable(
-        self, fed: tuple[str, ...], fetched: tuple[str, ...]
-    ) -> Callable[..., list[np.ndarray]]:
-        options = config_pb2.CallableOptions(feed=fed, fetch=fetched)
-        # Unlike session.run and session.make_callable, this goes straight to the C++ session:
-        # 0.1 ms less for each request.
-        return self._session._make_callable_from_options(options)
-
-
-def _load(path: Path, tags: Iterable[str], session_config: Any) -> tuple[Any, Any]:
-    """Load a meta graph into a session of its own, and return both.
-
-    When an operation is unknown, the packages that TensorFlow Serving has linked in are imported,
-    where they are installed.
-    """
-    for last in (False, True):
-        graph = tf.Graph()
-        session = tf.compat.v1.Session(graph=graph, config=session_config)
-        try:
-            with graph.as_default():
-                loader = tf.compat.v1.saved_model.loader
-                return session, loader.load(session, list(tags), str(path))
-        except Exception as error:
-            session.close()
-            if last or "Op type not registered" not in str(error) or not _import_operations():
-                raise
-    raise AssertionError("the second attempt returns or raises")
-
-
-def _import_operations() -> bool:
-    """Import what is installed of ``OPERATIONS``; say whether any of it is new."""
-    known = sys.modules.keys() & set(OPERATIONS)
-    for package in OPERATIONS:
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError:
-            continue
-        except Exception as error:  # such as being built for another version of TensorFlow
-            log.warning("cannot import %s: %s", package, error)
-    return sys.modules.keys() & set(OPERATIONS) != known
 
 
 def _within(
@@ -198,7 +146,7 @@ def _within(
     """Run with a time limit. A run that is late goes on in its thread, but nobody waits for it.
 
     TensorFlow's own limit is part of a callable. Each new limit would need a callable of its own,
-    whose first run is slow.
+    whose first run is slow. TensorFlow Lite has none.
     """
     try:
         return _with_limits.submit(run, *feeds).result(timeout_ms / 1e3)
@@ -208,43 +156,12 @@ def _within(
         ) from error
 
 
-def _load_error(path: Path, error: Exception) -> ServingError:
-    """Say why the SavedModel at ``path`` cannot be loaded."""
-    if isinstance(error, ServingError):
-        return error
-    if isinstance(error, tf.errors.OpError):
-        return ServingError(status_code(error.error_code), f"{path}: {error.message}")
-    if isinstance(error, PermissionError):
-        return ServingError(grpc.StatusCode.PERMISSION_DENIED, f"{path}: {error}")
-    if isinstance(error, OSError) and not (path / "saved_model.pb").exists():
-        return ServingError(
-            grpc.StatusCode.NOT_FOUND,
-            f"{path} holds no saved_model.pb: export a SavedModel to it, then start again "
-            "or add it as the next version",
-        )
-    code = grpc.StatusCode.NOT_FOUND if isinstance(error, RuntimeError) else None
-    return ServingError(code or grpc.StatusCode.DATA_LOSS, f"{path}: {error}")
-
-
 def _tensor_names(infos: Mapping[str, Any], aliases: Iterable[str]) -> tuple[str, ...]:
     return tuple(infos[alias].name for alias in aliases)
 
 
 def _names(aliases: Iterable[str]) -> str:
     return "{" + ",".join(sorted(aliases)) + "}"
-
-
-def _placeholders(graph: Any) -> frozenset[str]:
-    """Name the tensors that only a request can provide.
-
-    An input of a signature may also be a tensor that the graph computes, in whose place a request
-    puts its own. The rank that the graph computes says nothing about the rank that clients send.
-    In TensorFlow Serving's half_plus_two, such an input is a column of numbers parsed from
-    Examples, and everybody sends it a plain list.
-    """
-    return frozenset(
-        op.outputs[0].name for op in graph.get_operations() if op.type == "Placeholder"
-    )
 
 
 def _feeds(
@@ -282,17 +199,16 @@ def _feeds(
                 array = tensors.from_proto(array)
             except ValueError as error:
                 raise invalid_argument(f"tensor parsing error: {alias}") from error
-        dtype = tf.as_dtype(array.dtype).as_datatype_enum
+        dtype = tensors.data_type(array.dtype)
         if dtype != info.dtype:
             raise invalid_argument(
                 f"Expects arg[{index}] to be {tensors.dtype_name(info.dtype)} "
                 f"but {tensors.dtype_name(dtype)} is provided for input {alias}"
             )
-        shape = tf.TensorShape(info.tensor_shape)
-        if info.name in placeholders and not shape.is_compatible_with(array.shape):
+        if info.name in placeholders and not _fits(array.shape, info.tensor_shape):
             raise invalid_argument(
                 f"input {alias} has shape {list(array.shape)}, but its signature declares "
-                f"{[-1 if size is None else size for size in shape]}"
+                f"{[dim.size for dim in info.tensor_shape.dim]}"
             )
         feeds.append(array)
     return feeds
@@ -309,3 +225,13 @@ def _outputs(signature: Any, output_filter: Sequence[str]) -> tuple[str, ...]:
         if alias in output_filter[:position]:
             raise invalid_argument(f"duplicate output tensor alias: {alias}")
     return tuple(output_filter) or tuple(sorted(signature.outputs))
+
+
+def _fits(shape: Sequence[int], declared: Any) -> bool:
+    """Say whether a shape is one that a ``TensorShapeProto`` declares; -1 there is any size."""
+    if declared.unknown_rank:
+        return True
+    sizes = [dim.size for dim in declared.dim]
+    return len(shape) == len(sizes) and all(
+        size in (-1, length) for length, size in zip(shape, sizes, strict=True)
+    )

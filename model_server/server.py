@@ -1,6 +1,5 @@
 """The model server as one object: ports, model and both APIs, started and stopped together."""
 
-import contextlib
 import errno
 import functools
 import logging
@@ -8,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ class ModelServer:
     """A model server in this process: ``with ModelServer(...) as server:`` serves models.
 
     The fields are the command line's flags. Making an object reserves its ports, and raises OSError
-    when one is taken. ``start`` imports TensorFlow, waits for the first version of each model to be
+    when one is taken. ``start`` waits for the first version of each model to be
     loaded and warmed up, and only then opens the ports; it raises ValueError when a file is wrong,
     ServingError when loading is given up. ``stop`` refuses new requests and gives those in flight
     ``grace_seconds`` to end.
@@ -52,6 +51,9 @@ class ModelServer:
     tensorflow_inter_op_parallelism: int = 0
     tensorflow_session_config_file: str = ""
     per_process_gpu_memory_fraction: float = 0.0
+    prefer_tflite_model: bool = False
+    num_tflite_pools: int = 0
+    num_tflite_interpreters_per_pool: int = 1
     enable_model_warmup: bool = True
     num_request_iterations_for_warmup: int = 0
     enable_serialization_as_tensor_content: bool = False
@@ -96,12 +98,11 @@ class ModelServer:
         # gRPC reads this when it is imported. Without its event engine, the threads that wait for a
         # socket also read from it.
         os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
-        # The files come first, so that nobody waits for TensorFlow to be told of a mistake in them.
+        # The files come first, so that nobody waits for a model to be told of a mistake in them.
         models = self._read_model_config()
         self._batch_scheduler = self._make_batch_scheduler()
         metrics_path = self._read_metrics_path()
         credentials = self._read_credentials()
-        _import_tensorflow()
         self._load_models(models)
         self._open_grpc(credentials)
         if self._rest_socket:
@@ -168,9 +169,11 @@ class ModelServer:
             return None
         import grpc
 
+        from tfserving import server_messages_pb2
+
         from . import text_protos
 
-        ssl_config = text_protos.read(self.ssl_config_file, text_protos.SSLConfig())
+        ssl_config = text_protos.read(self.ssl_config_file, server_messages_pb2.SSLConfig())
         key, certificate = ssl_config.server_key.encode(), ssl_config.server_cert.encode()
         root_certificates = ssl_config.custom_ca.encode() or None
         if ssl_config.client_verify and not root_certificates:
@@ -185,13 +188,15 @@ class ModelServer:
         """Load what a ``ModelServerConfig`` lists, and wait until all of it is AVAILABLE."""
         from . import manager
 
-        session_config = self._session_config()
-        load = functools.partial(self._load_version, session_config)
+        if self.tensorflow_session_config_file:
+            _ = self._session_config  # raises ValueError when there is something wrong in the file
         # A server that looks for versions only once tries only once to load them, too.
         looks_once = self.file_system_poll_wait_seconds == 0
         retries = 0 if looks_once else self.max_num_load_retries
         self._manager = manager.ModelManager(
-            lambda name: manager.Model(name, load, retries, self.load_retry_interval_micros),
+            lambda name: manager.Model(
+                name, self._load_version, retries, self.load_retry_interval_micros
+            ),
             self.file_system_poll_wait_seconds,
             self.allow_version_labels_for_unavailable_models,
             self.force_allow_any_version_labels_for_unavailable_models,
@@ -200,11 +205,13 @@ class ModelServer:
         self._manager.start()
         self._manager.wait_until_available()
 
+    @functools.cached_property
     def _session_config(self) -> Any:
         """Make the ``ConfigProto`` of every session: its threads, and its share of a GPU."""
-        from tensorflow.core.protobuf import config_pb2
+        from . import saved_model, text_protos
 
-        from . import text_protos
+        saved_model.import_tensorflow()
+        from tensorflow.core.protobuf import config_pb2
 
         config = config_pb2.ConfigProto(
             # One operation gets half of the cores, and leaves the others to other requests:
@@ -224,14 +231,12 @@ class ModelServer:
             config.gpu_options.per_process_gpu_memory_fraction = share
         return config
 
-    def _load_version(self, session_config: Any, path: Path) -> Any:
+    def _load_version(self, path: Path) -> Any:
         """Load the version of a model in the folder ``path``, and warm it up."""
-        from . import servable, warmup
+        from . import warmup
 
         begin = time.monotonic()
-        loaded = servable.Servable(
-            path, self.saved_model_tags, session_config, self._batch_scheduler
-        )
+        loaded = self._load(path)
         middle = time.monotonic()
         replayed = 0
         if self.enable_model_warmup:
@@ -246,6 +251,24 @@ class ModelServer:
             *(path, (middle - begin) * 1e3, replayed, (time.monotonic() - middle) * 1e3),
         )
         return loaded
+
+    def _load(self, path: Path) -> Any:
+        """Load ``model.tflite`` if it is there and preferred, and the SavedModel otherwise."""
+        from . import saved_model
+        from .servable import LITE_FILE
+
+        if self.prefer_tflite_model and (path / LITE_FILE).exists():
+            from . import lite_model
+
+            return lite_model.LiteModel(
+                path,
+                self.num_tflite_pools,
+                self.num_tflite_interpreters_per_pool,
+                self._batch_scheduler,
+            )
+        return saved_model.SavedModel(
+            path, self.saved_model_tags, self._session_config, self._batch_scheduler
+        )
 
     def _open_grpc(self, credentials: Any) -> None:
         """Open the gRPC API on its port, and on a UNIX socket where a path is given."""
@@ -362,27 +385,3 @@ def _port_error(port: int, flag: str, number: int | None) -> OSError:
         )
     reason = os.strerror(number or 0)
     return OSError(f"cannot open port {port} ({reason}): give another port with {flag}")
-
-
-def _import_tensorflow() -> None:
-    """Import TensorFlow and what needs it, and keep TensorFlow quiet; this takes seconds."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
-    with _quiet_stderr():
-        import tensorflow as tf
-
-        from . import grpc_api, manager, rest_api, servable, warmup  # noqa: F401
-
-    tf.get_logger().setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Discard what C++ code writes to standard error, which no setting of its log prevents."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)

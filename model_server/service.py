@@ -3,14 +3,9 @@
 from typing import Any
 
 import grpc
-from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
-    get_model_status_pb2,
-    inference_pb2,
-    model_management_pb2,
-    model_pb2,
-    predict_pb2,
-)
+
+from tfserving import messages_pb2 as pb
+from tfserving import server_messages_pb2
 
 from . import inference, metrics, tensors
 from .errors import ServingError, invalid_argument
@@ -49,7 +44,7 @@ def predict(
         outputs = servable.predict(
             spec.signature_name, request.inputs, request.output_filter, timeout_ms
         )
-    response = predict_pb2.PredictResponse()
+    response = pb.PredictResponse()
     _fill_model_spec(response.model_spec, spec, version)
     for alias, array in outputs.items():
         tensors.to_proto(array, as_tensor_content, response.outputs[alias])
@@ -80,8 +75,8 @@ def multi_inference(
     manager: ModelManager, check_method_name: bool, request: Any, timeout_ms: int = 0
 ) -> Any:
     """Answer a ``MultiInferenceRequest``: several signatures of one model on the same input."""
-    response = inference_pb2.MultiInferenceResponse()
-    spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
+    response = server_messages_pb2.MultiInferenceResponse()
+    spec = request.tasks[0].model_spec if request.tasks else pb.ModelSpec()
     with (
         manager.servable(spec) as (version, servable),
         metrics.runtime(spec.name, "MultiInference"),
@@ -106,21 +101,23 @@ def get_model_metadata(manager: ModelManager, request: Any) -> Any:
     for field in request.metadata_field:
         if field != SIGNATURE_DEF:
             raise invalid_argument(f"Metadata field {field} is not supported")
-    signatures = get_model_metadata_pb2.SignatureDefMap()
+    signatures = pb.SignatureDefMap()
     with manager.servable(request.model_spec) as (version, servable):
         for name, signature in servable.signatures.items():
             signatures.signature_def[name].CopyFrom(signature)
-    response = get_model_metadata_pb2.GetModelMetadataResponse()
+    response = pb.GetModelMetadataResponse()
     response.model_spec.name = request.model_spec.name
     response.model_spec.version.value = version
-    response.metadata[SIGNATURE_DEF].Pack(signatures)
+    packed = response.metadata[SIGNATURE_DEF]
+    packed.type_url = "type.googleapis.com/tensorflow.serving.SignatureDefMap"
+    packed.value = signatures.SerializeToString()
     return response
 
 
 def get_model_status(manager: ModelManager, request: Any) -> Any:
     """Answer a ``GetModelStatusRequest``: state and error of each version that it selects."""
     _require_model_spec(request)
-    response = get_model_status_pb2.GetModelStatusResponse()
+    response = pb.GetModelStatusResponse()
     for version in manager.status(request.model_spec):
         status = response.model_version_status.add(version=version.number, state=version.state)
         status.status.SetInParent()
@@ -142,7 +139,7 @@ def reload_config(manager: ModelManager, request: Any) -> Any:
             "ModelConfigList is currently supported"
         )
     manager.reload(request.config)
-    response = model_management_pb2.ReloadConfigResponse()
+    response = server_messages_pb2.ReloadConfigResponse()
     response.status.SetInParent()
     for name, count in before.items():
         response.metric.add(name=name, int64_value_increase=metrics.counted(name) - count)

@@ -3,66 +3,80 @@
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import tensorflow as tf
-from tensorflow.core.framework import tensor_pb2
 
-# TensorFlow's messages show its C++ names. These differ from Python's.
-_CPP_NAMES = {"float16": "half", "float32": "float", "float64": "double"}
+import tfserving.tensors
+from tfserving import messages_pb2 as pb
+
+from .errors import invalid_argument
 
 # No larger tensor fits into a message. A few bytes can claim one, though: a last value is repeated.
 MAX_BYTES = 2**31
 
-# The typed field that holds the values of each dtype.
-_FIELDS = {
-    tf.float16: "half_val",
-    tf.bfloat16: "half_val",
-    tf.float32: "float_val",
-    tf.float64: "double_val",
-    tf.complex64: "scomplex_val",
-    tf.complex128: "dcomplex_val",
-    tf.int8: "int_val",
-    tf.int16: "int_val",
-    tf.int32: "int_val",
-    tf.int64: "int64_val",
-    tf.uint8: "int_val",
-    tf.uint16: "int_val",
-    tf.uint32: "uint32_val",
-    tf.uint64: "uint64_val",
-    tf.bool: "bool_val",
-    tf.string: "string_val",
+# For each type that can be sent: NumPy's name for it, and the field that lists its values.
+TYPES: dict[int, tuple[np.dtype, str]] = tfserving.tensors.TYPES | {
+    pb.DT_BFLOAT16: (np.dtype(ml_dtypes.bfloat16), "half_val"),
+    pb.DT_COMPLEX64: (np.dtype(np.complex64), "scomplex_val"),
+    pb.DT_COMPLEX128: (np.dtype(np.complex128), "dcomplex_val"),
 }
-# The dtypes whose typed field holds the values as they lie in memory.
-_FIXED_WIDTH = {tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool}
+_DATA_TYPES = {dtype: data_type for data_type, (dtype, _) in TYPES.items()}
+# What a number of each of these fields is in memory.
+_WIRE_TYPES: dict[str, type] = {
+    "half_val": np.uint16,
+    "scomplex_val": np.float32,
+    "dcomplex_val": np.float64,
+    "int_val": np.int32,
+}
+# The types whose field holds the values as they lie in memory.
+_FIXED_WIDTH = {pb.DT_FLOAT, pb.DT_DOUBLE, pb.DT_COMPLEX64, pb.DT_COMPLEX128, pb.DT_BOOL}
 
 
-def dtype_name(dtype: int) -> str:
+def data_type(dtype: np.dtype) -> Any:
+    """Return the ``DataType`` of an array's dtype; ``object`` stands for strings.
+
+    Raises ServingError for a dtype that cannot be sent.
+    """
+    if dtype not in _DATA_TYPES:
+        raise invalid_argument(f"arrays of type {dtype} cannot be sent")
+    return _DATA_TYPES[dtype]
+
+
+def dtype_name(data_type: int) -> str:
     """Name a ``DataType`` as TensorFlow's C++ messages do: ``float``, ``double``, ``uint8``."""
-    name = tf.as_dtype(dtype).name
-    return _CPP_NAMES.get(name, name)
+    known = data_type in pb.DataType.values()
+    return pb.DataType.Name(data_type)[3:].lower() if known else f"unknown dtype {data_type}"
 
 
 def from_proto(proto: Any) -> np.ndarray:
     """Read a TensorProto in any of its encodings; strings become an object array of bytes.
 
-    Raises ValueError when dtype, shape and values do not belong together.
+    Where values are missing the last one is repeated, and none at all stand for zeros. Raises
+    ValueError when dtype, shape and values do not belong together.
     """
-    try:
-        dtype = tf.as_dtype(proto.dtype)
-        if dtype not in _FIELDS:
-            raise ValueError(f"{dtype.name} cannot be sent")
-        shape = [dim.size for dim in proto.tensor_shape.dim]
-        if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.size, 1) > MAX_BYTES:
-            raise ValueError(f"shape {shape} is not that of a tensor")
-        if proto.tensor_content and dtype != tf.string:
-            return np.frombuffer(proto.tensor_content, dtype.as_numpy_dtype).reshape(shape)
-        # TensorFlow's own parser knows the rest: every typed field, and that the last value is
-        # repeated where values are missing.
-        with tf.device("CPU:0"):
-            parsed = tf.io.parse_tensor(proto.SerializeToString(), dtype).numpy()
-        return np.asarray(parsed, dtype.as_numpy_dtype)  # a single string comes as plain bytes
-    except (TypeError, tf.errors.OpError) as error:
-        raise ValueError(str(error)) from error
+    if proto.dtype not in TYPES:
+        raise ValueError(f"{dtype_name(proto.dtype)} cannot be sent")
+    dtype, field = TYPES[proto.dtype]
+    shape = [dim.size for dim in proto.tensor_shape.dim]
+    size = math.prod(shape)
+    is_text = proto.dtype == pb.DT_STRING
+    if min(shape, default=0) < 0 or size * (1 if is_text else dtype.itemsize) > MAX_BYTES:
+        raise ValueError(f"shape {shape} is not that of a tensor")
+    if proto.tensor_content:
+        if is_text:
+            return _strings(proto.tensor_content, size).reshape(shape)
+        return np.frombuffer(proto.tensor_content, dtype).reshape(shape)
+    values = np.fromiter(getattr(proto, field), _WIRE_TYPES.get(field, dtype))
+    if field == "int_val":
+        values = values.astype(dtype)
+    elif field in _WIRE_TYPES:
+        values = values[: len(values) // 2 * 2] if dtype.kind == "c" else values
+        values = values.view(dtype)
+    values = values[:size]
+    if len(values) < size:
+        last = values[-1] if len(values) else b"" if is_text else 0
+        values = np.concatenate([values, np.full(size - len(values), last, dtype)])
+    return values.reshape(shape)
 
 
 def to_proto(array: np.ndarray, as_tensor_content: bool = False, proto: Any = None) -> Any:
@@ -71,30 +85,55 @@ def to_proto(array: np.ndarray, as_tensor_content: bool = False, proto: Any = No
     Strings always go into their typed field, as in TensorFlow Serving. The values go into the empty
     ``proto`` if there is one, which saves a copy.
     """
-    dtype = tf.as_dtype(array.dtype)
-    proto = tensor_pb2.TensorProto() if proto is None else proto
-    proto.dtype = dtype.as_datatype_enum
-    proto.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())
-    if as_tensor_content and dtype != tf.string:
-        proto.tensor_content = array.tobytes()
-    elif dtype in _FIXED_WIDTH:
-        _merge(proto, dtype, array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
-    elif dtype == tf.string:
+    proto = pb.TensorProto() if proto is None else proto
+    proto.dtype = data_type(array.dtype)
+    proto.tensor_shape.SetInParent()
+    for length in array.shape:
+        proto.tensor_shape.dim.add(size=length)
+    if proto.dtype == pb.DT_STRING:
         proto.string_val.extend(array.ravel().tolist())
+    elif as_tensor_content:
+        proto.tensor_content = array.tobytes()
+    elif proto.dtype in _FIXED_WIDTH:
+        _merge(proto, array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     else:
-        is_half = dtype in (tf.float16, tf.bfloat16)
-        _merge(proto, dtype, _varints(array.ravel().view(np.uint16) if is_half else array.ravel()))
+        is_half = proto.dtype in (pb.DT_HALF, pb.DT_BFLOAT16)
+        _merge(proto, _varints(array.ravel().view(np.uint16) if is_half else array.ravel()))
     return proto
 
 
-def _merge(proto: Any, dtype: Any, values: bytes) -> None:
+def _strings(content: bytes, count: int) -> np.ndarray:
+    """Read strings from raw bytes: first the length of each, as a varint, then all of them."""
+    lengths, position = [], 0
+    for _ in range(count):
+        length = shift = 0
+        while True:
+            if position == len(content):
+                raise ValueError("the lengths of the strings are cut off")
+            byte = content[position]
+            position += 1
+            length |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                break
+        lengths.append(length)
+    if position + sum(lengths) != len(content):
+        raise ValueError("the strings have other lengths than they say")
+    strings = np.empty(count, object)
+    for index, length in enumerate(lengths):
+        strings[index] = content[position : position + length]
+        position += length
+    return strings
+
+
+def _merge(proto: Any, values: bytes) -> None:
     """Fill the typed field of a dtype with values in the form that they have on the wire.
 
     There, the field's number and the length of the values come first. Read in this form, a million
     values take a few milliseconds; appended one by one, they take fifty.
     """
     if values:
-        number = tensor_pb2.TensorProto.DESCRIPTOR.fields_by_name[_FIELDS[dtype]].number
+        number = pb.TensorProto.DESCRIPTOR.fields_by_name[TYPES[proto.dtype][1]].number
         proto.MergeFromString(_varints(np.array([number << 3 | 2, len(values)])) + values)
 
 

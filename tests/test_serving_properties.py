@@ -78,7 +78,7 @@ def test_the_last_value_stands_for_the_missing_ones(array: np.ndarray, data: st.
     flat = array.ravel()
     count = data.draw(st.integers(1, flat.size))
     proto = tensors.to_proto(flat[:count])
-    proto.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())
+    proto.tensor_shape.ParseFromString(tf.TensorShape(array.shape).as_proto().SerializeToString())
     expected = np.concatenate([flat[:count], np.repeat(flat[count - 1 : count], flat.size - count)])
     np.testing.assert_array_equal(tensors.from_proto(proto), expected.reshape(array.shape))
 

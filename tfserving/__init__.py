@@ -10,10 +10,12 @@ Everything that a client of TensorFlow Serving imports is here::
     pb_response = stub.Predict(pb_request, timeout=20)
     probabilities = tfserving.make_ndarray(pb_response.outputs["probabilities"])
 
-The two ``.proto`` files are written by hand; the modules that end in ``_pb2`` and ``_pb2_grpc``
-are generated from them. After a change, at the root of the repository::
+``server_messages_pb2`` has the messages that only a server needs besides. The ``.proto`` files are
+written by hand; the modules that end in ``_pb2`` and ``_pb2_grpc`` are generated from them. After a
+change, at the root of the repository::
 
     python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. tfserving/messages.proto
+    python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. tfserving/server_messages.proto
     python -m grpc_tools.protoc -I. --grpc_python_out=. tfserving/services.proto
 """
 

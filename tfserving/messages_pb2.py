@@ -26,7 +26,7 @@ from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tfserving/messages.proto\x12\ttfserving\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/wrappers.proto\"y\n\x10TensorShapeProto\x12,\n\x03\x64im\x18\x02 \x03(\x0b\x32\x1f.tfserving.TensorShapeProto.Dim\x12\x14\n\x0cunknown_rank\x18\x03 \x01(\x08\x1a!\n\x03\x44im\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xeb\x02\n\x0bTensorProto\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.tfserving.DataType\x12\x31\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32\x1b.tfserving.TensorShapeProto\x12\x16\n\x0eversion_number\x18\x03 \x01(\x05\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x10\n\x08half_val\x18\r \x03(\x05\x12\x11\n\tfloat_val\x18\x05 \x03(\x02\x12\x12\n\ndouble_val\x18\x06 \x03(\x01\x12\x0f\n\x07int_val\x18\x07 \x03(\x05\x12\x12\n\nstring_val\x18\x08 \x03(\x0c\x12\x14\n\x0cscomplex_val\x18\t \x03(\x02\x12\x11\n\tint64_val\x18\n \x03(\x03\x12\x10\n\x08\x62ool_val\x18\x0b \x03(\x08\x12\x14\n\x0c\x64\x63omplex_val\x18\x0c \x03(\x01\x12\x12\n\nuint32_val\x18\x10 \x03(\r\x12\x12\n\nuint64_val\x18\x11 \x03(\x04\"\x8c\x01\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x07version\x18\x02 \x01(\x0b\x32\x1b.google.protobuf.Int64ValueH\x00\x12\x17\n\rversion_label\x18\x04 \x01(\tH\x00\x12\x16\n\x0esignature_name\x18\x03 \x01(\tB\x10\n\x0eversion_choice\"\xcf\x01\n\x0ePredictRequest\x12(\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x14.tfserving.ModelSpec\x12\x35\n\x06inputs\x18\x02 \x03(\x0b\x32%.tfserving.PredictRequest.InputsEntry\x12\x15\n\routput_filter\x18\x03 \x03(\t\x1a\x45\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.tfserving.TensorProto:\x02\x38\x01\"\xbd\x01\n\x0fPredictResponse\x12\x38\n\x07outputs\x18\x01 \x03(\x0b\x32\'.tfserving.PredictResponse.OutputsEntry\x12(\n\nmodel_spec\x18\x02 \x01(\x0b\x32\x14.tfserving.ModelSpec\x1a\x46\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.tfserving.TensorProto:\x02\x38\x01\"\x7f\n\nTensorInfo\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\"\n\x05\x64type\x18\x02 \x01(\x0e\x32\x13.tfserving.DataType\x12\x31\n\x0ctensor_shape\x18\x03 \x01(\x0b\x32\x1b.tfserving.TensorShapeProtoB\n\n\x08\x65ncoding\"\x9c\x02\n\x0cSignatureDef\x12\x33\n\x06inputs\x18\x01 \x03(\x0b\x32#.tfserving.SignatureDef.InputsEntry\x12\x35\n\x07outputs\x18\x02 \x03(\x0b\x32$.tfserving.SignatureDef.OutputsEntry\x12\x13\n\x0bmethod_name\x18\x03 \x01(\t\x1a\x44\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tfserving.TensorInfo:\x02\x38\x01\x1a\x45\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tfserving.TensorInfo:\x02\x38\x01\"\xa4\x01\n\x0fSignatureDefMap\x12\x43\n\rsignature_def\x18\x01 \x03(\x0b\x32,.tfserving.SignatureDefMap.SignatureDefEntry\x1aL\n\x11SignatureDefEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tfserving.SignatureDef:\x02\x38\x01\"[\n\x17GetModelMetadataRequest\x12(\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x14.tfserving.ModelSpec\x12\x16\n\x0emetadata_field\x18\x02 \x03(\t\"\xd0\x01\n\x18GetModelMetadataResponse\x12(\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x14.tfserving.ModelSpec\x12\x43\n\x08metadata\x18\x02 \x03(\x0b\x32\x31.tfserving.GetModelMetadataResponse.MetadataEntry\x1a\x45\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"A\n\x15GetModelStatusRequest\x12(\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x14.tfserving.ModelSpec\"8\n\x0bStatusProto\x12\x12\n\nerror_code\x18\x01 \x01(\x05\x12\x15\n\rerror_message\x18\x02 \x01(\t\"\xd6\x01\n\x12ModelVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.tfserving.ModelVersionStatus.State\x12&\n\x06status\x18\x03 \x01(\x0b\x32\x16.tfserving.StatusProto\"S\n\x05State\x12\x0b\n\x07UNKNOWN\x10\x00\x12\t\n\x05START\x10\n\x12\x0b\n\x07LOADING\x10\x14\x12\r\n\tAVAILABLE\x10\x1e\x12\r\n\tUNLOADING\x10(\x12\x07\n\x03\x45ND\x10\x32\"U\n\x16GetModelStatusResponse\x12;\n\x14model_version_status\x18\x01 \x03(\x0b\x32\x1d.tfserving.ModelVersionStatus*\x88\x02\n\x08\x44\x61taType\x12\x0e\n\nDT_INVALID\x10\x00\x12\x0c\n\x08\x44T_FLOAT\x10\x01\x12\r\n\tDT_DOUBLE\x10\x02\x12\x0c\n\x08\x44T_INT32\x10\x03\x12\x0c\n\x08\x44T_UINT8\x10\x04\x12\x0c\n\x08\x44T_INT16\x10\x05\x12\x0b\n\x07\x44T_INT8\x10\x06\x12\r\n\tDT_STRING\x10\x07\x12\x10\n\x0c\x44T_COMPLEX64\x10\x08\x12\x0c\n\x08\x44T_INT64\x10\t\x12\x0b\n\x07\x44T_BOOL\x10\n\x12\x0f\n\x0b\x44T_BFLOAT16\x10\x0e\x12\r\n\tDT_UINT16\x10\x11\x12\x11\n\rDT_COMPLEX128\x10\x12\x12\x0b\n\x07\x44T_HALF\x10\x13\x12\r\n\tDT_UINT32\x10\x16\x12\r\n\tDT_UINT64\x10\x17\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tfserving/messages.proto\x12\ttfserving\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/wrappers.proto\"y\n\x10TensorShapeProto\x12,\n\x03\x64im\x18\x02 \x03(\x0b\x32\x1f.tfserving.TensorShapeProto.Dim\x12\x14\n\x0cunknown_rank\x18\x03 \x01(\x08\x1a!\n\x03\x44im\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xeb\x02\n\x0bTensorProto\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.tfserving.DataType\x12\x31\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32\x1b.tfserving.TensorShapeProto\x12\x16\n\x0eversion_number\x18\x03 \x01(\x05\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x10\n\x08half_val\x18\r \x03(\x05\x12\x11\n\tfloat_val\x18\x05 \x03(\x02\x12\x12\n\ndouble_val\x18\x06 \x03(\x01\x12\x0f\n\x07int_val\x18\x07 \x03(\x05\x12\x12\n\nstring_val\x18\x08 \x03(\x0c\x12\x14\n\x0cscomplex_val\x18\t \x03(\x02\x12\x11\n\tint64_val\x18\n \x03(\x03\x12\x10\n\x08\x62ool_val\x18\x0b \x03(\x08\x12\x14\n\x0c\x64\x63omplex_val\x18\x0c \x03(\x01\x12\x12\n\nuint32_val\x18\x10 \x03(\r\x12\x12\n\nuint64_val\x18\x11 \x03(\x04\"\x8c\x01\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x07version\x18\x02 \x01(\x0b\x32\x1b.google.protobuf.Int64ValueH\x00\x12\x17\n\rversion_label\x18\x04 \x01(\tH\x00\x12\x16\n\x0esignature_name\x18\x03 \x01(\tB\x10\n\x0eversion_choice\"\xcf\x01\n\x0ePredictRequest\x12(\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x14.tfserving.ModelSpec\x12\x35\n\x06inputs\x18\x02 \x03(\x0b\x32%.tfserving.PredictRequest.InputsEntry\x12\x15\n\routput_filter\x18\x03 \x03(\t\x1a\x45\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.tfserving.TensorProto:\x02\x38\x01\"\xbd\x01\n\x0fPredictResponse\x12\x38\n\x07outputs\x18\x01 \x03(\x0b\x32\'.tfserving.PredictResponse.OutputsEntry\x12(\n\nmodel_spec\x18\x02 \x01(\x0b\x32\x14.tfserving.ModelSpec\x1a\x46\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.tfserving.TensorProto:\x02\x38\x01\"\x9d\x02\n\nTensorInfo\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x35\n\ncoo_sparse\x18\x04 \x01(\x0b\x32\x1f.tfserving.TensorInfo.CooSparseH\x00\x12\"\n\x05\x64type\x18\x02 \x01(\x0e\x32\x13.tfserving.DataType\x12\x31\n\x0ctensor_shape\x18\x03 \x01(\x0b\x32\x1b.tfserving.TensorShapeProto\x1a\x65\n\tCooSparse\x12\x1a\n\x12values_tensor_name\x18\x01 \x01(\t\x12\x1b\n\x13indices_tensor_name\x18\x02 \x01(\t\x12\x1f\n\x17\x64\x65nse_shape_tensor_name\x18\x03 \x01(\tB\n\n\x08\x65ncoding\"\x9e\x03\n\x0cSignatureDef\x12\x33\n\x06inputs\x18\x01 \x03(\x0b\x32#.tfserving.SignatureDef.InputsEntry\x12\x35\n\x07outputs\x18\x02 \x03(\x0b\x32$.tfserving.SignatureDef.OutputsEntry\x12\x13\n\x0bmethod_name\x18\x03 \x01(\t\x12\x37\n\x08\x64\x65\x66\x61ults\x18\x04 \x03(\x0b\x32%.tfserving.SignatureDef.DefaultsEntry\x1a\x44\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tfserving.TensorInfo:\x02\x38\x01\x1a\x45\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tfserving.TensorInfo:\x02\x38\x01\x1aG\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.tfserving.TensorProto:\x02\x38\x01\"\xa4\x01\n\x0fSignatureDefMap\x12\x43\n\rsignature_def\x18\x01 \x03(\x0b\x32,.tfserving.SignatureDefMap.SignatureDefEntry\x1aL\n\x11SignatureDefEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tfserving.SignatureDef:\x02\x38\x01\"[\n\x17GetModelMetadataRequest\x12(\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x14.tfserving.ModelSpec\x12\x16\n\x0emetadata_field\x18\x02 \x03(\t\"\xd0\x01\n\x18GetModelMetadataResponse\x12(\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x14.tfserving.ModelSpec\x12\x43\n\x08metadata\x18\x02 \x03(\x0b\x32\x31.tfserving.GetModelMetadataResponse.MetadataEntry\x1a\x45\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"A\n\x15GetModelStatusRequest\x12(\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x14.tfserving.ModelSpec\"I\n\x0bStatusProto\x12#\n\nerror_code\x18\x01 \x01(\x0e\x32\x0f.tfserving.Code\x12\x15\n\rerror_message\x18\x02 \x01(\t\"\xd6\x01\n\x12ModelVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.tfserving.ModelVersionStatus.State\x12&\n\x06status\x18\x03 \x01(\x0b\x32\x16.tfserving.StatusProto\"S\n\x05State\x12\x0b\n\x07UNKNOWN\x10\x00\x12\t\n\x05START\x10\n\x12\x0b\n\x07LOADING\x10\x14\x12\r\n\tAVAILABLE\x10\x1e\x12\r\n\tUNLOADING\x10(\x12\x07\n\x03\x45ND\x10\x32\"U\n\x16GetModelStatusResponse\x12;\n\x14model_version_status\x18\x01 \x03(\x0b\x32\x1d.tfserving.ModelVersionStatus*\xf4\x02\n\x08\x44\x61taType\x12\x0e\n\nDT_INVALID\x10\x00\x12\x0c\n\x08\x44T_FLOAT\x10\x01\x12\r\n\tDT_DOUBLE\x10\x02\x12\x0c\n\x08\x44T_INT32\x10\x03\x12\x0c\n\x08\x44T_UINT8\x10\x04\x12\x0c\n\x08\x44T_INT16\x10\x05\x12\x0b\n\x07\x44T_INT8\x10\x06\x12\r\n\tDT_STRING\x10\x07\x12\x10\n\x0c\x44T_COMPLEX64\x10\x08\x12\x0c\n\x08\x44T_INT64\x10\t\x12\x0b\n\x07\x44T_BOOL\x10\n\x12\x0c\n\x08\x44T_QINT8\x10\x0b\x12\r\n\tDT_QUINT8\x10\x0c\x12\r\n\tDT_QINT32\x10\r\x12\x0f\n\x0b\x44T_BFLOAT16\x10\x0e\x12\r\n\tDT_QINT16\x10\x0f\x12\x0e\n\nDT_QUINT16\x10\x10\x12\r\n\tDT_UINT16\x10\x11\x12\x11\n\rDT_COMPLEX128\x10\x12\x12\x0b\n\x07\x44T_HALF\x10\x13\x12\x0f\n\x0b\x44T_RESOURCE\x10\x14\x12\x0e\n\nDT_VARIANT\x10\x15\x12\r\n\tDT_UINT32\x10\x16\x12\r\n\tDT_UINT64\x10\x17*\xb7\x02\n\x04\x43ode\x12\x06\n\x02OK\x10\x00\x12\r\n\tCANCELLED\x10\x01\x12\x0b\n\x07UNKNOWN\x10\x02\x12\x14\n\x10INVALID_ARGUMENT\x10\x03\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x04\x12\r\n\tNOT_FOUND\x10\x05\x12\x12\n\x0e\x41LREADY_EXISTS\x10\x06\x12\x15\n\x11PERMISSION_DENIED\x10\x07\x12\x16\n\x12RESOURCE_EXHAUSTED\x10\x08\x12\x17\n\x13\x46\x41ILED_PRECONDITION\x10\t\x12\x0b\n\x07\x41\x42ORTED\x10\n\x12\x10\n\x0cOUT_OF_RANGE\x10\x0b\x12\x11\n\rUNIMPLEMENTED\x10\x0c\x12\x0c\n\x08INTERNAL\x10\r\x12\x0f\n\x0bUNAVAILABLE\x10\x0e\x12\r\n\tDATA_LOSS\x10\x0f\x12\x13\n\x0fUNAUTHENTICATED\x10\x10\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,12 +41,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_options = b'8\001'
   _globals['_SIGNATUREDEF_OUTPUTSENTRY']._loaded_options = None
   _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_options = b'8\001'
+  _globals['_SIGNATUREDEF_DEFAULTSENTRY']._loaded_options = None
+  _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_options = b'8\001'
   _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._loaded_options = None
   _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_options = b'8\001'
   _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._loaded_options = None
   _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=2449
-  _globals['_DATATYPE']._serialized_end=2713
+  _globals['_DATATYPE']._serialized_start=2755
+  _globals['_DATATYPE']._serialized_end=3127
+  _globals['_CODE']._serialized_start=3130
+  _globals['_CODE']._serialized_end=3441
   _globals['_TENSORSHAPEPROTO']._serialized_start=98
   _globals['_TENSORSHAPEPROTO']._serialized_end=219
   _globals['_TENSORSHAPEPROTO_DIM']._serialized_start=186
@@ -63,32 +67,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREDICTRESPONSE']._serialized_end=1130
   _globals['_PREDICTRESPONSE_OUTPUTSENTRY']._serialized_start=1060
   _globals['_PREDICTRESPONSE_OUTPUTSENTRY']._serialized_end=1130
-  _globals['_TENSORINFO']._serialized_start=1132
-  _globals['_TENSORINFO']._serialized_end=1259
-  _globals['_SIGNATUREDEF']._serialized_start=1262
-  _globals['_SIGNATUREDEF']._serialized_end=1546
-  _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_start=1407
-  _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_end=1475
-  _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_start=1477
-  _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_end=1546
-  _globals['_SIGNATUREDEFMAP']._serialized_start=1549
-  _globals['_SIGNATUREDEFMAP']._serialized_end=1713
-  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_start=1637
-  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_end=1713
-  _globals['_GETMODELMETADATAREQUEST']._serialized_start=1715
-  _globals['_GETMODELMETADATAREQUEST']._serialized_end=1806
-  _globals['_GETMODELMETADATARESPONSE']._serialized_start=1809
-  _globals['_GETMODELMETADATARESPONSE']._serialized_end=2017
-  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_start=1948
-  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_end=2017
-  _globals['_GETMODELSTATUSREQUEST']._serialized_start=2019
-  _globals['_GETMODELSTATUSREQUEST']._serialized_end=2084
-  _globals['_STATUSPROTO']._serialized_start=2086
-  _globals['_STATUSPROTO']._serialized_end=2142
-  _globals['_MODELVERSIONSTATUS']._serialized_start=2145
-  _globals['_MODELVERSIONSTATUS']._serialized_end=2359
-  _globals['_MODELVERSIONSTATUS_STATE']._serialized_start=2276
-  _globals['_MODELVERSIONSTATUS_STATE']._serialized_end=2359
-  _globals['_GETMODELSTATUSRESPONSE']._serialized_start=2361
-  _globals['_GETMODELSTATUSRESPONSE']._serialized_end=2446
+  _globals['_TENSORINFO']._serialized_start=1133
+  _globals['_TENSORINFO']._serialized_end=1418
+  _globals['_TENSORINFO_COOSPARSE']._serialized_start=1305
+  _globals['_TENSORINFO_COOSPARSE']._serialized_end=1406
+  _globals['_SIGNATUREDEF']._serialized_start=1421
+  _globals['_SIGNATUREDEF']._serialized_end=1835
+  _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_start=1623
+  _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_end=1691
+  _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_start=1693
+  _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_end=1762
+  _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_start=1764
+  _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_end=1835
+  _globals['_SIGNATUREDEFMAP']._serialized_start=1838
+  _globals['_SIGNATUREDEFMAP']._serialized_end=2002
+  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_start=1926
+  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_end=2002
+  _globals['_GETMODELMETADATAREQUEST']._serialized_start=2004
+  _globals['_GETMODELMETADATAREQUEST']._serialized_end=2095
+  _globals['_GETMODELMETADATARESPONSE']._serialized_start=2098
+  _globals['_GETMODELMETADATARESPONSE']._serialized_end=2306
+  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_start=2237
+  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_end=2306
+  _globals['_GETMODELSTATUSREQUEST']._serialized_start=2308
+  _globals['_GETMODELSTATUSREQUEST']._serialized_end=2373
+  _globals['_STATUSPROTO']._serialized_start=2375
+  _globals['_STATUSPROTO']._serialized_end=2448
+  _globals['_MODELVERSIONSTATUS']._serialized_start=2451
+  _globals['_MODELVERSIONSTATUS']._serialized_end=2665
+  _globals['_MODELVERSIONSTATUS_STATE']._serialized_start=2582
+  _globals['_MODELVERSIONSTATUS_STATE']._serialized_end=2665
+  _globals['_GETMODELSTATUSRESPONSE']._serialized_start=2667
+  _globals['_GETMODELSTATUSRESPONSE']._serialized_end=2752
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from tfserving import messages_pb2 as tfserving_dot_messages__pb2
+from tfserving import server_messages_pb2 as tfserving_dot_server__messages__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -40,6 +41,21 @@ class PredictionServiceStub:
                 request_serializer=tfserving_dot_messages__pb2.PredictRequest.SerializeToString,
                 response_deserializer=tfserving_dot_messages__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/tensorflow.serving.PredictionService/Classify',
+                request_serializer=tfserving_dot_server__messages__pb2.ClassificationRequest.SerializeToString,
+                response_deserializer=tfserving_dot_server__messages__pb2.ClassificationResponse.FromString,
+                _registered_method=True)
+        self.Regress = channel.unary_unary(
+                '/tensorflow.serving.PredictionService/Regress',
+                request_serializer=tfserving_dot_server__messages__pb2.RegressionRequest.SerializeToString,
+                response_deserializer=tfserving_dot_server__messages__pb2.RegressionResponse.FromString,
+                _registered_method=True)
+        self.MultiInference = channel.unary_unary(
+                '/tensorflow.serving.PredictionService/MultiInference',
+                request_serializer=tfserving_dot_server__messages__pb2.MultiInferenceRequest.SerializeToString,
+                response_deserializer=tfserving_dot_server__messages__pb2.MultiInferenceResponse.FromString,
+                _registered_method=True)
         self.GetModelMetadata = channel.unary_unary(
                 '/tensorflow.serving.PredictionService/GetModelMetadata',
                 request_serializer=tfserving_dot_messages__pb2.GetModelMetadataRequest.SerializeToString,
@@ -53,6 +69,27 @@ class PredictionServiceServicer:
 
     def Predict(self, request, context):
         """Arrays in, arrays out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Examples in, the classes of each out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Regress(self, request, context):
+        """Examples in, a number for each out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MultiInference(self, request, context):
+        """Several of these signatures on the same examples.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +109,21 @@ def add_PredictionServiceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=tfserving_dot_messages__pb2.PredictRequest.FromString,
                     response_serializer=tfserving_dot_messages__pb2.PredictResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=tfserving_dot_server__messages__pb2.ClassificationRequest.FromString,
+                    response_serializer=tfserving_dot_server__messages__pb2.ClassificationResponse.SerializeToString,
+            ),
+            'Regress': grpc.unary_unary_rpc_method_handler(
+                    servicer.Regress,
+                    request_deserializer=tfserving_dot_server__messages__pb2.RegressionRequest.FromString,
+                    response_serializer=tfserving_dot_server__messages__pb2.RegressionResponse.SerializeToString,
+            ),
+            'MultiInference': grpc.unary_unary_rpc_method_handler(
+                    servicer.MultiInference,
+                    request_deserializer=tfserving_dot_server__messages__pb2.MultiInferenceRequest.FromString,
+                    response_serializer=tfserving_dot_server__messages__pb2.MultiInferenceResponse.SerializeToString,
             ),
             'GetModelMetadata': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelMetadata,
@@ -118,6 +170,87 @@ class PredictionService:
             _registered_method=True)
 
     @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensorflow.serving.PredictionService/Classify',
+            tfserving_dot_server__messages__pb2.ClassificationRequest.SerializeToString,
+            tfserving_dot_server__messages__pb2.ClassificationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Regress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensorflow.serving.PredictionService/Regress',
+            tfserving_dot_server__messages__pb2.RegressionRequest.SerializeToString,
+            tfserving_dot_server__messages__pb2.RegressionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MultiInference(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensorflow.serving.PredictionService/MultiInference',
+            tfserving_dot_server__messages__pb2.MultiInferenceRequest.SerializeToString,
+            tfserving_dot_server__messages__pb2.MultiInferenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetModelMetadata(request,
             target,
             options=(),
@@ -146,7 +279,7 @@ class PredictionService:
 
 
 class ModelServiceStub:
-    """Reports which versions of a model are loaded.
+    """Reports which versions of a model are loaded, and changes which are.
     """
 
     def __init__(self, channel):
@@ -160,14 +293,26 @@ class ModelServiceStub:
                 request_serializer=tfserving_dot_messages__pb2.GetModelStatusRequest.SerializeToString,
                 response_deserializer=tfserving_dot_messages__pb2.GetModelStatusResponse.FromString,
                 _registered_method=True)
+        self.HandleReloadConfigRequest = channel.unary_unary(
+                '/tensorflow.serving.ModelService/HandleReloadConfigRequest',
+                request_serializer=tfserving_dot_server__messages__pb2.ReloadConfigRequest.SerializeToString,
+                response_deserializer=tfserving_dot_server__messages__pb2.ReloadConfigResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
-    """Reports which versions of a model are loaded.
+    """Reports which versions of a model are loaded, and changes which are.
     """
 
     def GetModelStatus(self, request, context):
         """The state of each version of a model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HandleReloadConfigRequest(self, request, context):
+        """Serve other models from now on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,6 +326,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=tfserving_dot_messages__pb2.GetModelStatusRequest.FromString,
                     response_serializer=tfserving_dot_messages__pb2.GetModelStatusResponse.SerializeToString,
             ),
+            'HandleReloadConfigRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandleReloadConfigRequest,
+                    request_deserializer=tfserving_dot_server__messages__pb2.ReloadConfigRequest.FromString,
+                    response_serializer=tfserving_dot_server__messages__pb2.ReloadConfigResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'tensorflow.serving.ModelService', rpc_method_handlers)
@@ -190,7 +340,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """Reports which versions of a model are loaded.
+    """Reports which versions of a model are loaded, and changes which are.
     """
 
     @staticmethod
@@ -210,6 +360,33 @@ class ModelService:
             '/tensorflow.serving.ModelService/GetModelStatus',
             tfserving_dot_messages__pb2.GetModelStatusRequest.SerializeToString,
             tfserving_dot_messages__pb2.GetModelStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HandleReloadConfigRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensorflow.serving.ModelService/HandleReloadConfigRequest',
+            tfserving_dot_server__messages__pb2.ReloadConfigRequest.SerializeToString,
+            tfserving_dot_server__messages__pb2.ReloadConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,
