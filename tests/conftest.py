@@ -156,9 +156,10 @@ def namespace() -> "Iterator[Namespace]":
         yield namespace
 
 
-def export(base_path: Path, **parameters: object) -> Path:
+def export(base_path: Path, lite: bool = False, /, **parameters: object) -> Path:
     """Run the cells of lesson 01 that export; return ``base_path``, which then holds version 1.
 
+    With ``lite``, those that write its ``model.tflite`` run, too.
     The whole lesson, which also serves and measures, runs in ``make workbook``.
     """
     import nbformat
@@ -166,7 +167,7 @@ def export(base_path: Path, **parameters: object) -> Path:
     namespace: dict[str, object] = {}
     for cell in nbformat.read(ROOT / "notebooks/01-saved-model.ipynb", as_version=4).cells:
         tags = cell.metadata.get("tags", [])
-        if "export" in tags or "parameters" in tags:
+        if "export" in tags or "parameters" in tags or (lite and "lite" in tags):
             exec(compile(cell.source, f"lesson 01, {cell.id}", "exec"), namespace)
         if "parameters" in tags:
             namespace |= {"EXPORT_DIR": str(base_path), **parameters}
@@ -187,7 +188,7 @@ def clothing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not finished.exists():
             making = tmp_path_factory.mktemp("lesson-01")
-            export(making / "clothing-model")
+            export(making / "clothing-model", True)
             making.rename(finished)
     return finished / "clothing-model"
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers.basics import CLASSES, ROOT, SAMPLES
-from helpers.servers import Server
+from helpers.model_server import serving
+from helpers.servers import Addresses, Server
 from keras_image_helper import create_preprocessor
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
@@ -26,6 +27,7 @@ from workbook.draw_cluster import cluster
 from workbook.draw_system import LESSONS, system
 
 MEGABYTE = 1_000_000
+LITE = ("--model_name=clothing-model", "--prefer_tflite_model=true")
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +51,7 @@ def prepare(path: Path, side: int = 224) -> np.ndarray:
     return create_preprocessor("xception", target_size=(side, side)).from_path(str(path))
 
 
-def over_grpc(server: Server, inputs: np.ndarray) -> np.ndarray:
+def over_grpc(server: Addresses, inputs: np.ndarray) -> np.ndarray:
     pb_request = messages_pb2.PredictRequest()
     pb_request.model_spec.name = "clothing-model"
     pb_request.inputs["inputs"].CopyFrom(make_tensor_proto(inputs))
@@ -136,7 +138,9 @@ def test_all_drawn_samples_are_classified_right(gateway: Server) -> None:
 
 def test_the_export_is_lean(clothing_model: Path) -> None:
     files = [path for path in (clothing_model / "1").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 15 * MEGABYTE
+    (lite,) = [path.stat().st_size for path in files if path.name == "model.tflite"]
+    assert lite < 5 * MEGABYTE
+    assert sum(path.stat().st_size for path in files) - lite <= 15 * MEGABYTE
     saved_model = SavedModel.FromString((clothing_model / "1/saved_model.pb").read_bytes())
     functions = saved_model.meta_graphs[0].graph_def.library.function
     nodes = [node for function in functions for node in function.node_def]
@@ -147,6 +151,44 @@ def test_the_export_is_lean(clothing_model: Path) -> None:
 
 def test_the_bundled_file_is_small() -> None:
     assert (ROOT / "model_server/clothing-model.keras").stat().st_size <= 15 * MEGABYTE
+
+
+def test_tensorflow_lite_says_what_keras_says(
+    keras_model, clothing_model: Path, tmp_path: Path
+) -> None:
+    inputs = np.concatenate([prepare(path) for path in SAMPLES])
+    wanted = keras_model.predict(inputs, verbose=0)
+    converter = tf.lite.TFLiteConverter.from_saved_model(
+        str(clothing_model / "1"), signature_keys=["serving_default"]
+    )
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/model.tflite").write_bytes(converter.convert())
+    for base_path, limit in ((tmp_path, 1e-5), (clothing_model, 0.05)):
+        with serving(*LITE, f"--model_base_path={base_path}") as server:
+            answers = over_grpc(server, inputs)
+        assert np.abs(answers - wanted).max() < limit
+        assert (answers.argmax(axis=1) == wanted.argmax(axis=1)).all()
+
+
+def test_int8_judges_photos_as_floats_do(model_server: Server, clothing_model: Path) -> None:
+    if not os.environ.get("CLOTHING_PHOTOS"):
+        pytest.skip("CLOTHING_PHOTOS names no folder with train/ and validation/ photos")
+    folder = Path(os.environ["CLOTHING_PHOTOS"]) / "validation"
+    paths = sorted(folder.glob("*/*"))
+    truth = np.array([CLASSES.index(path.parent.name) for path in paths])
+    with serving(*LITE, f"--model_base_path={clothing_model}") as server:
+        batches = [
+            np.concatenate([prepare(path) for path in paths[start : start + 20]])
+            for start in range(0, len(paths), 20)
+        ]
+        floats = np.concatenate([over_grpc(model_server, batch) for batch in batches])
+        integers = np.concatenate([over_grpc(server, batch) for batch in batches])
+    same = integers.argmax(axis=1) == floats.argmax(axis=1)
+    right = integers.argmax(axis=1) == truth
+    print(f"{right.sum()} of {len(paths)} photos right, {same.sum()} as with float32")
+    assert same.mean() >= 0.98
+    assert right.mean() >= 0.925
+    assert np.abs(integers - floats).max() < 0.2
 
 
 def test_validation_accuracy_through_the_served_path(model_server: Server) -> None:

@@ -99,8 +99,8 @@ def test_cells_are_small_and_explained(path: Path) -> None:
     programs = {"gateway", "first_gateway"}
     cells = [c for c in read(path).cells if not programs & {*c.metadata.get("tags", [])}]
     lengths = [lines_of(cell) for cell in cells if cell.cell_type == "code"]
-    # Lesson 01 exports any model, 04 builds two programs and attacks both, 10 goes the whole way.
-    most, median = {"01": (58, 6), "04": (57, 6), "10": (50, 5)}.get(path.name[:2], (50, 4))
+    # Lesson 01 exports twice, 04 builds two programs and attacks both, 10 goes the whole way.
+    most, median = {"01": (65, 6), "04": (57, 6), "10": (50, 5)}.get(path.name[:2], (50, 4))
     assert 25 <= len(cells) <= most
     assert max(map(lines_of, code_cells(path))) <= 20
     assert statistics.median(lengths) <= median
