@@ -93,16 +93,12 @@ def place(images: list[Image], named: dict[str, dict[str, Any]]) -> None:
         image.container = roles[role(image.reference)]
 
 
-def rename_probes(image: Image) -> list[dict[str, str]]:
-    """Return the changes after which a model server's probes ask for the image's model."""
-    changes = []
-    for kind in ("readinessProbe", "livenessProbe"):
-        path = image.container[kind]["httpGet"]["path"]
-        wanted = re.sub("^(/v1/models/)[^/]+", rf"\g<1>{image.name}", path)
-        if wanted != path:
-            field = f"/spec/template/spec/containers/0/{kind}/httpGet/path"
-            changes.append({"op": "replace", "path": field, "value": wanted})
-    return changes
+def rename_probe(image: Image) -> list[dict[str, str]]:
+    """Return the change, if any, after which the readiness probe asks for the image's model."""
+    path = image.container["readinessProbe"]["httpGet"]["path"]
+    wanted = re.sub("^(/v1/models/)[^/]+", rf"\g<1>{image.name}", path)
+    field = "/spec/template/spec/containers/0/readinessProbe/httpGet/path"
+    return [{"op": "replace", "path": field, "value": wanted}] if wanted != path else []
 
 
 def ensure_repository(ecr: Any, cluster: Cluster, name: str, dry_run: bool) -> str:
@@ -198,7 +194,7 @@ def write_overlay(folder: Path, base: Path, images: list[Image], allowed: list[s
         ],
     }
     patches: list[tuple[str, str, list[Any]]] = [
-        ("Deployment", image.container["name"], rename_probes(image)) for image in images
+        ("Deployment", image.container["name"], rename_probe(image)) for image in images
     ]
     if allowed:
         change = {"op": "replace", "path": "/spec/loadBalancerSourceRanges", "value": allowed}

@@ -12,6 +12,7 @@ from helpers.manifests import (
     load_ping,
     objects,
     of_kind,
+    pod,
     ports,
     probes,
     render,
@@ -41,7 +42,7 @@ def test_startup_may_take_long_and_a_busy_server_is_not_killed(clothes: list[dic
         )
         patience = startup["periodSeconds"] * startup["failureThreshold"]
         assert patience >= {"gateway": 60, "model-server": 180}[name]
-        assert liveness["httpGet"] != readiness["httpGet"]
+        assert liveness.get("httpGet") != readiness["httpGet"]
         patience = liveness["periodSeconds"] * liveness["failureThreshold"]
         assert patience >= readiness["periodSeconds"] * readiness["failureThreshold"]
         assert patience >= 30
@@ -50,6 +51,25 @@ def test_startup_may_take_long_and_a_busy_server_is_not_killed(clothes: list[dic
     readiness = probes(of_kind(clothes, "Deployment")["gateway"])["readinessProbe"]
     patience = readiness["periodSeconds"] * readiness["failureThreshold"]
     assert patience > default("gateway.py", "PREDICT_TIMEOUT_SECONDS")
+
+
+def test_a_frozen_model_server_leaves_its_service_and_is_started_again(clothes: list[dict]) -> None:
+    """At worst it freezes just after a probe.
+
+    Before the kubelet kills, it waits for preStop or until the grace is over, and then two seconds.
+    """
+    deployment = of_kind(clothes, "Deployment")["model-server"]
+
+    def seconds(probe: dict) -> int:
+        every = max(probe["periodSeconds"], probe["timeoutSeconds"])
+        times = [probe["periodSeconds"], every * (probe["failureThreshold"] - 1)]
+        return sum(times) + probe["timeoutSeconds"]
+
+    liveness = probes(deployment)["livenessProbe"]
+    whole = pod(deployment)["terminationGracePeriodSeconds"]
+    grace = liveness.get("terminationGracePeriodSeconds", whole)
+    assert seconds(probes(deployment)["readinessProbe"]) <= 20
+    assert seconds(liveness) + grace + 2 <= 60
 
 
 def test_the_flask_apps_have_the_routes_that_probes_ask(objects: list[dict]) -> None:
@@ -71,18 +91,20 @@ def test_the_model_servers_probes_know_about_the_model_where_they_should(
 ) -> None:
     deployment = of_kind(render("base"), "Deployment")["model-server"]
 
-    def ask(kind: str) -> int:
-        path = probes(deployment)[f"{kind}Probe"]["httpGet"]["path"]
-        return requests.get(f"{server.http}{path}", timeout=60).status_code
-
-    assert "grpc" in probes(deployment)["startupProbe"]
-    assert ask("readiness") == ask("liveness") == 200
+    asked = probes(deployment)
+    path = asked["readinessProbe"]["httpGet"]["path"]
     with Client(server, "another-model") as client:
         health = health_pb2_grpc.HealthStub(client.channel)
-        answer = health.Check(health_pb2.HealthCheckRequest())
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+        def ask(kind: str) -> int:
+            request = health_pb2.HealthCheckRequest(service=asked[kind]["grpc"].get("service", ""))
+            return health.Check(request, timeout=60).status
+
+        serving = health_pb2.HealthCheckResponse.SERVING
+        assert ask("startupProbe") == ask("livenessProbe") == serving
+        assert requests.get(f"{server.http}{path}", timeout=60).status_code == 200
         client.serve(tiny_model)  # and so the model is unloaded that the probes ask for
-    with Client(server, "clothing-model") as client:
-        client.wait_for(1, "END")
-    assert ask("readiness") == 404
-    assert ask("liveness") == 200
+        with Client(server, "clothing-model") as unloaded:
+            unloaded.wait_for(1, "END")
+        assert requests.get(f"{server.http}{path}", timeout=60).status_code == 404
+        assert ask("livenessProbe") == serving

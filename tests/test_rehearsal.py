@@ -283,6 +283,17 @@ def test_a_pod_that_does_not_live_is_started_again(start: Start, ping: Manifests
     assert "Normal Killing: Container failed liveness probe, will be restarted" in events(pod)
 
 
+def test_a_probe_may_have_a_grace_of_its_own(start: Start, ping: Manifests) -> None:
+    """What answers nobody is not given the time that preStop and the pod's grace would take."""
+    check = {"httpGet": {"path": "/absent", "port": "http"}, "terminationGracePeriodSeconds": 1}
+    container_of(ping)["startupProbe"] = check | {"periodSeconds": 1, "failureThreshold": 1}
+    container_of(ping)["lifecycle"] = {"preStop": {"sleep": {"seconds": 3600}}}
+    deployment(ping)["template"]["spec"]["terminationGracePeriodSeconds"] = 3600
+    pod = only_pod(start(ping))
+    eventually(lambda: pod.restarts >= 1, "it is started again")
+    assert pod.last_exit == 137
+
+
 def test_nothing_else_is_asked_before_the_start_is_over(start: Start, ping: Manifests) -> None:
     check = {"httpGet": {"path": "/absent", "port": "http"}}
     container_of(ping)["startupProbe"] = check | {"periodSeconds": 1, "failureThreshold": 3}

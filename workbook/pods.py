@@ -130,20 +130,20 @@ class Pod:
             if started.is_set() and "readinessProbe" not in self.container:
                 self.ready = True
         if self.ending.is_set():
-            self._stop(process)
+            self._stop(process, self.grace)
         with suppress(ProcessLookupError, PermissionError):  # what it has left behind
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         self.last_exit, self.died = code if code >= 0 else 128 - code, time.monotonic()
         self.state, self.ready = "Error" if self.last_exit else "Completed", False
 
-    def _stop(self, process: subprocess.Popen) -> None:
+    def _stop(self, process: subprocess.Popen, grace: float) -> None:
         """End the process as the kubelet does: preStop, SIGTERM, and SIGKILL after the grace."""
         self.ready, began, told = False, time.monotonic(), False
         self._note("Killing", f"Stopping container {self.container['name']}")
         while process.poll() is None:
             seconds = time.monotonic() - began
-            if seconds >= self.grace:
+            if seconds >= grace:
                 process.kill()
             elif seconds >= self.pre_stop and not told:
                 process.terminate()
@@ -179,7 +179,7 @@ class Pod:
                 return started.set()
             elif failed:
                 self._note("Killing", f"Container failed {kind[:-5]} probe, will be restarted")
-                return self._stop(process)
+                return self._stop(process, spec.get("terminationGracePeriodSeconds", self.grace))
             self.ending.wait(spec.get("periodSeconds", 10))
 
 
