@@ -29,6 +29,7 @@ class PredictionService:
     def __init__(
         self,
         manager: ModelManager,
+        probes: ThreadPoolExecutor,
         as_tensor_content: bool = False,
         check_method_name: bool = False,
         enforce_session_run_timeout: bool = False,
@@ -41,7 +42,8 @@ class PredictionService:
         self.Classify = handler("Classify", service.infer, inference.CLASSIFY, manager)
         self.Regress = handler("Regress", service.infer, inference.REGRESS, manager)
         self.MultiInference = handler("MultiInference", service.multi_inference, manager)
-        self.GetModelMetadata = _handler(partial(service.get_model_metadata, manager))
+        metadata = partial(service.get_model_metadata, manager)
+        self.GetModelMetadata = _in_pool(probes, _handler(metadata))
 
 
 class ModelService:
@@ -63,7 +65,7 @@ def make_server(
 ) -> grpc.Server:
     """Make a server that is neither bound to a port nor started; messages may have any size.
 
-    Health checks and GetModelStatus have threads of their own: they wait for no prediction.
+    Health checks, status and metadata have threads of their own: they wait for no prediction.
     """
     probes = ThreadPoolExecutor(2, thread_name_prefix="probes")
     server = grpc.server(
@@ -77,7 +79,7 @@ def make_server(
     )
     services_pb2_grpc.add_PredictionServiceServicer_to_server(
         PredictionService(
-            manager, as_tensor_content, check_method_name, enforce_session_run_timeout
+            manager, probes, as_tensor_content, check_method_name, enforce_session_run_timeout
         ),
         server,
     )

@@ -26,6 +26,7 @@ from helpers.counter import NAME, ZERO, export_counter, hammering, number, warm_
 from helpers.model_server import ask
 from helpers.servers import Server, wait_until_available
 from helpers.serving import Client, refused
+from tensorflow_serving.apis import get_model_metadata_pb2
 
 Code = grpc.StatusCode
 
@@ -332,7 +333,7 @@ def test_grpc_max_threads(restarted: Server) -> None:
         assert order == ["slow", "quick"], "a second thread has answered"
 
 
-def test_health_and_status_wait_for_no_prediction(restarted: Server) -> None:
+def test_health_status_and_metadata_wait_for_no_prediction(restarted: Server) -> None:
     with Client(restarted, NAME) as client:
         client.statuses()  # from now on the channel is open, and keeps the order of its calls
         predict = client.prediction.Predict
@@ -347,6 +348,9 @@ def test_health_and_status_wait_for_no_prediction(restarted: Server) -> None:
         assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
         watching.cancel()
         assert client.states() == {1: "AVAILABLE"}
+        metadata = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+        metadata.model_spec.name = NAME
+        assert client.prediction.GetModelMetadata(metadata).metadata
         assert not last.done()
         last.cancel()
 
