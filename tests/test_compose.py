@@ -82,6 +82,7 @@ def test_only_loopback_is_published_and_never_the_model_server(
         found = [services[name]["ports"] for name in ("gateway", "prometheus", "grafana")]
         assert [port["published"] for (port,) in found] == published
         assert {port["host_ip"] for (port,) in found} == {"127.0.0.1"}
+        assert found[0][0]["target"] == 9696  # not the metrics
 
 
 def test_every_service_is_confined_and_comes_back(read_config: Callable[..., dict]) -> None:
