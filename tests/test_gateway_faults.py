@@ -871,13 +871,13 @@ def test_several_workers(start_gateway, model_server, arguments):
     assert gateway.process.wait(60) == 0
 
 
-def test_metrics_are_told_by_each_next_worker(start_gateway, model_server):
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGHUP])
+def test_metrics_are_told_by_the_next_worker(start_gateway, model_server, sign):
     gateway = start_gateway(model_server.grpc)
-    for who, sign in (("the worker", signal.SIGKILL), ("gunicorn", signal.SIGHUP)):  # a new set-up
-        (before,) = workers(gateway)
-        (before if who == "the worker" else gateway.process).send_signal(sign)
-        eventually(lambda old=before: workers(gateway) and old not in workers(gateway), who)
-        assert in_flight(gateway) == 0 and post(gateway).status == 200
+    (before,) = workers(gateway)
+    (before if sign == signal.SIGKILL else gateway.process).send_signal(sign)
+    eventually(lambda: workers(gateway) and before not in workers(gateway), "a new worker")
+    assert in_flight(gateway) == 0 and post(gateway).status == 200
     gateway.stop()
 
 
