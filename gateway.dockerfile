@@ -47,8 +47,9 @@ COPY --chown=10001:10001 tfserving tfserving
 COPY --chown=10001:10001 description.py gateway.py links.py pictures.py web.py worker.py gunicorn.conf.py ./
 ARG MODEL_NAME
 COPY --chown=10001:10001 --from=model /context/build/${MODEL_NAME}/1/assets.extra/model.json /app/model.json
-ENV MODEL_DESCRIPTION=/app/model.json
+# The counts for Prometheus have a port of their own, which is not for publishing.
+ENV MODEL_DESCRIPTION=/app/model.json METRICS_PORT=9697
 USER 10001:10001
-EXPOSE 9696
+EXPOSE 9696 9697
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10s CMD ["python", "-c", "from http.client import HTTPConnection as H; h = H('127.0.0.1', 9696); h.request('GET', '/livez'); assert h.getresponse().status == 200"]
 CMD ["gunicorn", "--bind=0.0.0.0:9696", "--worker-tmp-dir=/dev/shm", "gateway:app"]

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 
 env = os.environ.setdefault
 
@@ -11,6 +12,20 @@ logger_class = "worker.QuietLogger"
 # Counted from SIGTERM: the time to be told that this gateway ends, and then to finish requests.
 graceful_timeout = math.ceil(float(env("DRAIN_SECONDS", "2"))) + 30
 control_socket_disable = True
+METRICS_PORT = int(env("METRICS_PORT", "0"))
+
+
+def when_ready(arbiter):
+    """Listen for Prometheus, too, beside the gateway's own address; worker.py answers there.
+
+    The main process keeps this socket, so a worker finds it whenever it starts.
+    """
+    if METRICS_PORT:
+        first = arbiter.LISTENERS[0]
+        address, is_ipv6 = (first.getsockname()[0], METRICS_PORT), first.family == socket.AF_INET6
+        second = socket.create_server(address, family=first.family, dualstack_ipv6=is_ipv6)
+        arbiter.LISTENERS.append(second)
+
 
 # gRPC reads its sockets in the thread that waits for them, not in threads of its own: each time
 # one thread wakes another costs 0.1 ms and more on a virtual machine. bench/README.md has numbers.

@@ -1,7 +1,7 @@
 """What every answer of the gateway has: an id, a line in the log, safe headers, or a problem.
 
-Besides: the forms that come in, the key and the rate limit, times and counts for Prometheus, and
-the routes `/metrics` and `/openapi.json`.
+Besides: the forms that come in, the key and the rate limit, times and counts for Prometheus (which
+worker.py shows, at a port of their own), and the route `/openapi.json`.
 """
 
 import errno
@@ -203,13 +203,6 @@ def admit(is_batch: bool) -> Iterator[None]:
             stack.callback(slots.release)
         stack.enter_context(IN_FLIGHT.track_inprogress())
         yield
-
-
-@blueprint.get("/metrics")
-def metrics() -> Response:
-    """Answer with the counts and times that Prometheus collects."""
-    text = prometheus.generate_latest(registry)
-    return Response(text, content_type=prometheus.CONTENT_TYPE_LATEST)
 
 
 @blueprint.get("/samples/<int:number>.jpg")

@@ -21,7 +21,9 @@ from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import ThreadWorker
 from werkzeug.exceptions import BadRequest
 
-DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])  # gunicorn.conf.py has its default
+# gunicorn.conf.py has their defaults.
+DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
+METRICS_PORT = int(os.environ["METRICS_PORT"])
 # Time to send a request: shorter than a cluster waits for the end. When threads run short, those
 # who have been sending for long must make room, so that slow clients keep nobody waiting.
 REQUEST_SECONDS, CROWDED_SECONDS = 28.0, 1.0
@@ -77,7 +79,11 @@ class Worker(ThreadWorker):
         problem, too. And where no more requests can be read from a connection, the answer says
         `Connection: close`: the worker has cut it, or a body was not read to its end. gunicorn
         closes it then, and a client that did not know would lose its next request.
+
+        At METRICS_PORT Prometheus is answered, and nobody else.
         """
+        import prometheus_client
+
         import web
 
         try:
@@ -87,7 +93,7 @@ class Worker(ThreadWorker):
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
         super().load_wsgi()
         gateway.app.register_error_handler(ParseException, lambda _: web.answer_problem(NOT_HTTP))
-        answer = self.wsgi
+        answer, metrics = self.wsgi, prometheus_client.make_wsgi_app(web.registry)
 
         def wsgi(environ, start_response):
             def start(*arguments):
@@ -97,7 +103,9 @@ class Worker(ThreadWorker):
                     start_response.__self__.force_close()
                 return start_response(*arguments)
 
-            return answer(environ, start)
+            # Not SERVER_PORT, which can come from the client where it is no socket of TCP.
+            is_public = environ["gunicorn.socket"].getsockname()[1:2] != (METRICS_PORT,)
+            return (answer if is_public else metrics)(environ, start)
 
         self.wsgi = wsgi
 

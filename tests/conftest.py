@@ -100,7 +100,7 @@ def start_gateway(launch: Callable[..., Server]) -> Callable[..., Server]:
     """Start the gateway under gunicorn on a free port and wait until ``/livez`` answers."""
 
     def start(tf_serving_host: str, **env: str) -> Server:
-        port = free_port()
+        port, metrics_port = free_port(), free_port()
         server = launch(
             [
                 *(sys.executable, "-m", "gunicorn", "--threads", "8"),
@@ -108,8 +108,9 @@ def start_gateway(launch: Callable[..., Server]) -> Callable[..., Server]:
             ],
             http=f"http://127.0.0.1:{port}",
             TF_SERVING_HOST=tf_serving_host,
-            **{"DRAIN_SECONDS": "0", **env},
+            **{"DRAIN_SECONDS": "0", "METRICS_PORT": f"{metrics_port}", **env},
         )
+        server.metrics = f"http://127.0.0.1:{metrics_port}/metrics"
         wait_until_ready(server, f"{server.http}/livez", lambda body: True)
         return server
 

@@ -91,8 +91,8 @@ def read_until(process: subprocess.Popen[str], word: str) -> str:
 
 @pytest.fixture
 def busy_ports() -> Iterator[list[int]]:
-    """The three usual ports, each with a listener: ours, or whoever else has it."""
-    ports = [8500, 8501, 9696]
+    """The four usual ports, each with a listener: ours, or whoever else has it."""
+    ports = [8500, 8501, 9696, 9697]
     with ExitStack() as stack:
         for port in ports:
             listener = stack.enter_context(socket.socket())
@@ -512,6 +512,9 @@ def test_serve_classifies_and_ends_on_ctrl_c(clothing_model: Path, busy_ports: l
         answer = requests.post(curl[2], data=curl[1], timeout=60).json()
         assert answer["top_class"] == json.loads(curl[1])["sample"] == "dress"
         assert answer["model"] == {"name": clothing_model.name, "version": 1}
+        metrics = re.search(r"^  metrics +(\S+)$", said, re.MULTILINE)
+        assert metrics is not None
+        assert "gateway_seconds" in requests.get(metrics[1], timeout=60).text
         assert len(descendants(mark)) >= 3
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate()[0]

@@ -82,6 +82,7 @@ def test_only_loopback_is_published_and_never_the_model_server(
         found = [services[name]["ports"] for name in ("gateway", "prometheus", "grafana")]
         assert [port["published"] for (port,) in found] == published
         assert {port["host_ip"] for (port,) in found} == {"127.0.0.1"}
+        assert found[0][0]["target"] == 9696  # not the metrics
 
 
 def test_every_service_is_confined_and_comes_back(read_config: Callable[..., dict]) -> None:
@@ -146,7 +147,7 @@ def test_prometheus_asks_the_services_where_they_answer(read_config: Callable[..
         assert name in services
         found[name] = (job["dns_sd_configs"][0]["port"], job.get("metrics_path", "/metrics"))
     assert found == {
-        "gateway": (9696, "/metrics"),
+        "gateway": (9697, "/metrics"),
         "model-server": (8501, "/monitoring/prometheus/metrics"),
     }
     path = re.search('path: "(.*)"', (ROOT / "model_server/monitoring.config").read_text())
@@ -169,7 +170,7 @@ def test_the_dashboard_shows_what_the_servers_count(
     pages = [
         requests.get(url, timeout=60).text
         for url in (
-            f"{gateway.http}/metrics",
+            gateway.metrics,
             f"{model_server.http}/monitoring/prometheus/metrics",
         )
     ]

@@ -270,12 +270,19 @@ def test_the_gateway_image_works_with_nothing_it_could_do_without(
         assert len(links) > 2
         for link in links:
             assert requests.get(f"{url}/{link}", timeout=60).ok, link
-        assert b"gateway_seconds_count" in (answer(f"{url}/metrics") or b"")
+        assert answer(f"{url}/metrics") is None
+        told = docker("exec", name, "python", "-c", METRICS)
+        assert "gateway_seconds_count" in told and docker("port", name).startswith("9696/tcp")
         eventually(lambda: inspect(name, ".State.Health.Status") == "healthy", "it is healthy")
         assert docker("exec", name, "cat", "/proc/1/comm") == "gunicorn"
         assert inspect(name, ".State.OOMKilled") == "false"
         assert stop(name) == "0"
 
+
+METRICS = """
+import os, requests
+print(requests.get(f"http://127.0.0.1:{os.environ['METRICS_PORT']}").text)
+"""
 
 # Asks from a container beside the gateway, since Docker's port on this machine takes connections
 # for a while when there is nobody behind it any more.

@@ -408,6 +408,26 @@ def test_the_load_balancer_admits_nobody_until_asked_and_carries_the_tag(
     assert [each["spec"]["clusterIP"] for each in services.values()] == ["None"]
 
 
+def test_with_the_lines_of_the_readme_the_load_balancer_speaks_nothing_but_tls(
+    tmp_path: Path,
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (lines,) = re.findall(r"^  ```yaml\n(.*?)^  ```$", readme, re.MULTILINE | re.DOTALL)
+    service = yaml.safe_load((ROOT / "eks/aws/gateway-service.yaml").read_text())
+    added = yaml.safe_load(lines)
+    service["metadata"]["annotations"] |= added["metadata"]["annotations"]
+    service["spec"] |= added["spec"]
+    for folder in ("eks", "kube-config"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "eks/aws/gateway-service.yaml").write_text(yaml.safe_dump(service))
+    gateway = named(kustomize(tmp_path / "eks"), "Service")["gateway"]
+    (port,) = gateway["spec"]["ports"]
+    assert port == {"name": "http", "port": 443, "targetPort": "http"}
+    annotations = gateway["metadata"]["annotations"]
+    assert annotations["service.beta.kubernetes.io/aws-load-balancer-ssl-ports"] == "443"
+    assert gateway["spec"]["loadBalancerSourceRanges"] == ["192.0.2.1/32"]
+
+
 def test_no_gateway_starts_without_the_key_and_no_file_has_it(
     objects: list[dict[str, Any]],
 ) -> None:

@@ -110,7 +110,7 @@ def get(gateway: Server, path: str) -> Answer:
 
 
 def in_flight(gateway: Server) -> int:
-    lines = get(gateway, "/metrics").body.splitlines()
+    lines = requests.get(gateway.metrics, timeout=30).text.splitlines()
     line = next(line for line in lines if line.startswith("gateway_in_flight "))
     return int(float(line.split()[1]))
 
@@ -869,6 +869,25 @@ def test_several_workers(start_gateway, model_server, arguments):
     assert answers == [200] * 64
     gateway.process.terminate()
     assert gateway.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGHUP])
+def test_metrics_are_told_by_the_next_worker(start_gateway, model_server, sign):
+    gateway = start_gateway(model_server.grpc)
+    (before,) = workers(gateway)
+    (before if sign == signal.SIGKILL else gateway.process).send_signal(sign)
+    eventually(lambda: workers(gateway) and before not in workers(gateway), "a new worker")
+    assert in_flight(gateway) == 0 and post(gateway).status == 200
+    gateway.stop()
+
+
+def test_a_busy_port_for_metrics_is_named(start_gateway, model_server):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(pytest.fail.Exception) as failed:
+            start_gateway(model_server.grpc, METRICS_PORT=f"{port}")
+    last = str(failed.value).strip().splitlines()[-1]
+    assert "in use" in last and f"{port}" in last
 
 
 # Ten thousand requests ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Who may ask the gateway, how often, and what can be seen of it from outside: headers, log,
 metrics. Links carry secrets here, which must not appear anywhere."""
 
+import itertools
 import json
 import re
 import socket
@@ -116,7 +117,7 @@ def test_the_key_in_the_form(gateway):
     assert 'name="key"' in requests.get(gateway.http, timeout=30).text
 
 
-@pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/metrics", "/static/style.css"])
+@pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/static/style.css"])
 def test_what_needs_no_key(gateway, path):
     assert requests.get(gateway.http + path, timeout=30).status_code == 200
 
@@ -148,7 +149,7 @@ def test_rate_limit(start_gateway, model_server):
     assert (page.status_code, page.headers["Content-Type"][:9]) == (429, "text/html")
     assert "3 per hour" in page.text
     assert post(client="127.0.0.2").status_code == 200, "another client has a limit of its own"
-    for path in ("/", "/livez", "/readyz", "/metrics"):
+    for path in ("/", "/livez", "/readyz"):
         for _ in range(5):
             assert requests.get(gateway.http + path, timeout=30).status_code == 200
     gateway.stop()
@@ -188,7 +189,7 @@ class From(requests.adapters.HTTPAdapter):
         ("GET", "/samples/0.jpg", 200, {}),
         ("GET", "/livez", 200, {}),
         ("GET", "/readyz", 200, {}),
-        ("GET", "/metrics", 200, {}),
+        ("GET", "/metrics", 404, {}),
     ],
 )
 def test_headers_of_every_answer(gateway, method, path, status, options):
@@ -372,7 +373,7 @@ def test_models_that_are_gone_are_logged_for_us_alone(start_gateway, closed):
 
 def samples(gateway: Server) -> dict[tuple, float]:
     """All metrics, as Prometheus' own parser reads them."""
-    response = requests.get(f"{gateway.http}/metrics", timeout=30)
+    response = requests.get(gateway.metrics, timeout=30)
     assert response.headers["Content-Type"].count("charset") == 1
     assert response.headers["Content-Type"].startswith("text/plain")
     return {
@@ -425,6 +426,36 @@ def test_strangers_cannot_make_new_metrics(gateway):
         ask(gateway, f"METHOD{number}", "/livez")
     new = samples(gateway).keys() - before
     assert len({key for key in new if not key[0].endswith("_created")}) <= 1, new
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "//metrics", "/%6detrics", "/readyz"])
+def test_nothing_on_the_public_port_tells_metrics(gateway, path):
+    """Not even whoever has the key, or asks as if it were at the other port."""
+    port = gateway.metrics.split(":")[2].removesuffix("/metrics")
+    assert ("gateway_in_flight",) in samples(gateway)
+    for method, key in itertools.product(("GET", "HEAD", "POST", "OPTIONS"), (KEY, "wrong")):
+        headers = {"Host": f"127.0.0.1:{port}", "X-Forwarded-Port": port}
+        response = ask(gateway, method, path, key, headers=headers)
+        assert "gateway_" not in response.text and "X-Request-ID" in response.headers
+        assert response.status_code == 404 or "metrics" not in path
+
+
+def test_the_other_port_tells_metrics_and_nothing_else(gateway):
+    address = gateway.metrics.removesuffix("/metrics")
+    for path in ("/", "/livez", "/readyz", "/predict", "/openapi.json"):
+        assert requests.get(address + path, timeout=30).text.startswith("# HELP gateway_")
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for path in ("/", "/predict"):
+        refused = requests.post(address + path, files=UPLOAD, headers=headers, timeout=30)
+        assert refused.status_code == 405 and "top_class" not in refused.text
+
+
+def test_without_a_port_of_their_own_metrics_are_nowhere(start_gateway, model_server):
+    gateway = start_gateway(model_server.grpc, METRICS_PORT="0")
+    with pytest.raises(requests.ConnectionError):
+        requests.get(gateway.metrics, timeout=30)
+    assert requests.get(f"{gateway.http}/metrics", timeout=30).status_code == 404
+    gateway.stop()
 
 
 # Odd requests ------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def ends(objects: list[dict]) -> dict[str, End]:
     }
 
 
-PORTS = (22, 25, 53, 80, 443, 6443, 8080, 8500, 8501, 9696, 10250)
+PORTS = (22, 25, 53, 80, 443, 6443, 8080, 8500, 8501, 9696, 9697, 10250)
 PROTOCOLS = ("TCP", "UDP", "SCTP")
 Edges = set[tuple[str, str, int, str]]
 
@@ -160,11 +160,12 @@ def test_every_port_says_its_protocol(clothes: list[dict]) -> None:
             assert all("protocol" in port for port in rule["ports"]), policy["metadata"]["name"]
 
 
-def test_prometheus_gets_one_edge_more(clothes: list[dict]) -> None:
+def test_prometheus_gets_to_the_metrics_and_nobody_else_does(clothes: list[dict]) -> None:
     policy = read(KUBE / "prometheus/prometheus-networkpolicy.yaml")
     policy["metadata"]["namespace"] = namespace_of(clothes)
-    more = [*clothes, policy]
-    assert edges(more) == picture(clothes) | {("prometheus", "model-server", 8501, "TCP")}
+    both = itertools.product(("gateway", "model-server"), (9697, 8501))  # each listens at one
+    more = {("prometheus", name, port, "TCP") for name, port in both}
+    assert edges([*clothes, policy]) == picture(clothes) | more
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:

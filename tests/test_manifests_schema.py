@@ -154,8 +154,9 @@ def test_containers_have_the_ports_that_their_images_open(objects: list[dict]) -
         (exposed,) = instructions(DOCKERFILES[name], "EXPOSE")
         assert [str(port) for port in ports(deployment).values()] == exposed.split()
         (command,) = map(json.loads, instructions(DOCKERFILES[name], "CMD"))
+        words = [*command, *" ".join(instructions(DOCKERFILES[name], "ENV")).split()]
         for port in exposed.split():
-            assert [word for word in command if re.search(rf"[=:]{port}$", word)], port
+            assert [word for word in words if re.search(rf"[=:]{port}$", word)], port
         assert {"command", "args"}.isdisjoint(container(deployment))
 
 

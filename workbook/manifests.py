@@ -39,7 +39,8 @@ class Image(NamedTuple):
     """What a Dockerfile makes, built from the folder `context`.
 
     `paths` are paths in the image, and where the same files are here; `environment` is what ENV
-    says of the model. (What else it says, such as PATH, means nothing outside a container.)
+    says of the model and of metrics. (What else it says, such as PATH, means nothing outside a
+    container.)
     """
 
     context: Path
@@ -74,8 +75,8 @@ def read_image(
             case ["ENV", words]:
                 said = dict(word.split("=", 1) for word in shlex.split(expand(words)))
                 known |= said
-                of_model = [name for name in said if name.startswith("MODEL_")]
-                image.environment.update((name, said[name]) for name in of_model)
+                told = [name for name in said if name.startswith(("MODEL_", "METRICS_"))]
+                image.environment.update((name, said[name]) for name in told)
             case ["ENTRYPOINT", words]:
                 image.entrypoint[:] = map(expand, json.loads(words))
             case ["CMD", words]:

@@ -19,7 +19,7 @@ import description
 from workbook.run import MODEL, ROOT, end_on_signals, execute, free_ports, lessons
 
 LOGS = ROOT / "build" / "serve"
-PORTS = {"GRPC_PORT": 8500, "REST_PORT": 8501, "GATEWAY_PORT": 9696}
+PORTS = {"GRPC_PORT": 8500, "REST_PORT": 8501, "GATEWAY_PORT": 9696, "METRICS_PORT": 9697}
 
 
 class Ended(Exception):
@@ -147,11 +147,13 @@ def serve(base_path: Path) -> None:
                 MODEL_DESCRIPTION=str(about),
                 MODEL_NAME=base_path.name,
                 DRAIN_SECONDS="0",
+                METRICS_PORT=f"{ports['METRICS_PORT']}",
             )
         )
         wait_until(servers, f"{http}/readyz")
         print(
             f"\n  model server   gRPC {grpc}, REST {status}\n  gateway        {http}\n"
+            f"  metrics        http://127.0.0.1:{ports['METRICS_PORT']}/metrics\n"
             f"\nClassify a picture:\n\n"
             f"  curl --data '{body}' {http}/predict\n\n"
             "Ctrl-C ends both.",

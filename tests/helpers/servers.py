@@ -22,6 +22,7 @@ class Addresses:
 
     http: str
     grpc: str = ""
+    metrics: str = ""  # the page of the gateway's counts
 
 
 @dataclass
