@@ -27,7 +27,8 @@ COPY Pipfile Pipfile.lock ./
 RUN /pipenv/bin/pipenv requirements --hash > requirements.txt \
     && python -m venv --without-pip .venv \
     && /pipenv/bin/pip --python .venv/bin/python install --quiet --only-binary=:all: \
-        --no-deps --require-hashes --requirement requirements.txt
+        --no-deps --require-hashes --requirement requirements.txt \
+    && /pipenv/bin/pip --python .venv/bin/python check
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="gateway" \

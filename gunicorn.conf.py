@@ -1,5 +1,6 @@
 """How gunicorn runs the gateway; it reads this file by itself in the folder where it starts."""
 
+import ctypes
 import logging
 import math
 import os
@@ -11,6 +12,15 @@ logger_class = "worker.QuietLogger"
 # Counted from SIGTERM: the time to be told that this gateway ends, and then to finish requests.
 graceful_timeout = math.ceil(float(env("DRAIN_SECONDS", "2"))) + 30
 control_socket_disable = True
+
+# Threads share one heap, so that none keeps the memory of a large picture for itself; blocks of more
+# than 8 MB go back to the system at once, and so does a heap's end of more than 32 MB. Only glibc
+# knows these settings, by their numbers in malloc.h. Workers inherit them.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+    mallopt(M_ARENA_MAX, 1)
+    mallopt(M_MMAP_THRESHOLD, 8 << 20)
+    mallopt(M_TRIM_THRESHOLD, 32 << 20)
 
 # gRPC reads its sockets in the thread that waits for them, not in threads of its own: each time
 # one thread wakes another costs 0.1 ms and more on a virtual machine. bench/README.md has numbers.
