@@ -13,9 +13,9 @@ logger_class = "worker.QuietLogger"
 graceful_timeout = math.ceil(float(env("DRAIN_SECONDS", "2"))) + 30
 control_socket_disable = True
 
-# Threads share one heap, so that none keeps the memory of a large picture for itself; blocks of more
-# than 8 MB go back to the system at once, and so does a heap's end of more than 32 MB. Only glibc
-# knows these settings, by their numbers in malloc.h. Workers inherit them.
+# Threads share one heap, so that none keeps the memory of a large picture for itself; blocks of
+# more than 8 MB go back to the system at once, and so does an end of the heap of more than 32 MB.
+# Only glibc has such settings, with numbers from its malloc.h. The workers inherit them.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
     mallopt(M_ARENA_MAX, 1)
