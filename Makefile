@@ -28,10 +28,10 @@ help:
 	@echo "  WORKBOOK_ENGINE=auto|docker|embedded   what runs TensorFlow Serving"
 
 setup:
-	@PYTHON="$(PYTHON)" workbook/setup.sh
+	@workbook/setup.sh
 
 tools:
-	@PYTHON="$(PYTHON)" workbook/setup.sh tools
+	@workbook/setup.sh tools
 
 workbook: setup
 	@$(PY) -m workbook.run --only $(ONLY)
@@ -54,7 +54,7 @@ serve: setup
 	@$(PY) -m workbook.serve $(MODEL)
 
 bench: setup
-	@PYTHON="$(PYTHON)" workbook/setup.sh peers
+	@workbook/setup.sh peers
 	@$(PY) -m bench.model_server $(if $(REQUESTS),--requests $(REQUESTS))
 	@$(PY) -m bench.gateway
 

@@ -27,7 +27,8 @@ COPY Pipfile Pipfile.lock ./
 RUN /pipenv/bin/pipenv requirements --hash > requirements.txt \
     && python -m venv --without-pip .venv \
     && /pipenv/bin/pip --python .venv/bin/python install --quiet --only-binary=:all: \
-        --no-deps --require-hashes --requirement requirements.txt
+        --no-deps --require-hashes --requirement requirements.txt \
+    && /pipenv/bin/pip --python .venv/bin/python check
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="gateway" \
@@ -36,10 +37,9 @@ LABEL org.opencontainers.image.title="gateway" \
 # What serves strangers has no use for a program that installs software.
 RUN python -c "import pip, shutil; shutil.rmtree(pip.__path__[0])"
 # Large uploads pass through a file. /dev/shm can be written to even where the root is read-only.
-# Threads share one heap, so that none keeps the memory of a large picture for itself; blocks of more
-# than 8 MB go back to the system at once. Where Linux has large pages, pixels are quicker in them.
+# Where Linux has large pages, pixels are quicker in them; gunicorn.conf.py sets the rest of malloc.
 ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TMPDIR=/dev/shm \
-    GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=8388608:glibc.malloc.trim_threshold=33554432:glibc.malloc.hugetlb=1
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 WORKDIR /app
 COPY --from=packages /app/.venv .venv
 COPY --chown=10001:10001 website website

@@ -1,5 +1,6 @@
 """How gunicorn runs the gateway; it reads this file by itself in the folder where it starts."""
 
+import ctypes
 import logging
 import math
 import os
@@ -26,6 +27,15 @@ def when_ready(arbiter):
         second = socket.create_server(address, family=first.family, dualstack_ipv6=is_ipv6)
         arbiter.LISTENERS.append(second)
 
+
+# Threads share one heap, so that none keeps the memory of a large picture for itself; blocks of
+# more than 8 MB go back to the system at once, and so does an end of the heap of more than 32 MB.
+# Only glibc has such settings, with numbers from its malloc.h. The workers inherit them.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+    mallopt(M_ARENA_MAX, 1)
+    mallopt(M_MMAP_THRESHOLD, 8 << 20)
+    mallopt(M_TRIM_THRESHOLD, 32 << 20)
 
 # gRPC reads its sockets in the thread that waits for them, not in threads of its own: each time
 # one thread wakes another costs 0.1 ms and more on a virtual machine. bench/README.md has numbers.

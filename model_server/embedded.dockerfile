@@ -24,7 +24,8 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIPENV_VENV_IN_PROJECT=1 
 RUN python -m venv /pipenv && /pipenv/bin/pip install --quiet "pipenv==${PIPENV}"
 WORKDIR /app
 COPY Pipfile Pipfile.lock ./
-RUN /pipenv/bin/pipenv --python "$(command -v python3)" sync --categories="model-server"
+RUN /pipenv/bin/pipenv --python "$(command -v python3)" sync --categories="model-server" \
+    && /pipenv/bin/pip --python .venv/bin/python check
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="model" \

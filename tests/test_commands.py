@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import uuid
 from base64 import b64encode
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ import yaml
 from helpers.basics import ROOT, SAMPLES, describe_model, free_port
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from workbook import engine
 
@@ -128,19 +131,81 @@ def test_without_a_suitable_python_one_sentence_says_what_to_do(
 ) -> None:
     commands = tmp_path / "commands"
     commands.mkdir()
-    for name in ("sh", "dirname", "cmp", "mkdir"):
+    for name in ("sh", "dirname", "cmp", "mkdir", "rm"):
         (commands / name).symlink_to(shutil.which(name) or pytest.fail(f"there is no {name}"))
     old = commands / "python3"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
     make = shutil.which("make")
-    for chosen in ("", "PYTHON=/bin/false"):
-        done = run(make, "test", chosen or "-s", cwd=bare_clone, env={"PATH": str(commands)})
-        assert done.returncode != 0
+    done = run(make, "test", cwd=bare_clone, env={"PATH": str(commands)})
+    assert done.returncode != 0
+    said, made = done.stderr.splitlines()
+    assert said.startswith("No Python 3.11, 3.12 or 3.13") and "PYTHON=" in said
+    assert "***" in made
+    assert not (bare_clone / ".tools").exists()
+
+
+@pytest.mark.parametrize(
+    "chosen", ["/bin/false", "/nope", "/no such/python3", f"{sys.executable} -E"]
+)
+def test_a_chosen_python_that_cannot_be_used_is_named(bare_clone: Path, chosen: str) -> None:
+    for target in ("tools", "test"):
+        done = run("make", target, f"PYTHON={chosen}", cwd=bare_clone)
+        assert done.returncode != 0 and done.stdout == ""
         said, made = done.stderr.splitlines()
-        assert said.startswith("No Python 3.11, 3.12 or 3.13") and "PYTHON=" in said
+        assert said.startswith(f"{chosen} is no Python 3.11, 3.12 or 3.13 with its venv module")
         assert "***" in made
     assert not (bare_clone / ".tools").exists()
+
+
+def test_another_python_than_before_is_noticed(bare_clone: Path, tmp_path: Path) -> None:
+    other = bare_clone / ".venv/bin/python"
+    other.parent.mkdir(parents=True)
+    other.write_text("#!/bin/sh\necho 3.99\n")
+    other.chmod(0o755)
+    mine = tmp_path / "my python"
+    mine.symlink_to(sys.executable)
+    done = run("make", "test", f"PYTHON={mine}", cwd=bare_clone)
+    assert done.returncode != 0
+    version = "{}.{}".format(*sys.version_info)
+    assert done.stderr.startswith(
+        f".venv has Python 3.99, and {mine} is {version}: make clean first, or leave PYTHON out."
+    )
+
+
+# Stands in for pip and Pipenv, of which the set-up makes an environment: it says what reaches them.
+INSTALLER = """#!/bin/sh
+case "$*" in
+*"import ensurepip"*) echo "$0" ;;
+*"-m venv"*) mkdir -p .tools/bin && cp "$0" .tools/bin/python ;;
+*"-m pip install"*) env && touch "$TMPDIR/probe" && ls -d "$TMPDIR" ;;
+*) exit 1 ;;
+esac
+"""
+
+
+def test_settings_for_other_work_do_not_reach_the_installation(
+    bare_clone: Path, tmp_path: Path
+) -> None:
+    python = tmp_path / "my python"
+    python.write_text(INSTALLER)
+    python.chmod(0o755)
+    theirs = {
+        **{"PIP_USER": "1", "PIP_REQUIRE_VIRTUALENV": "1", "PIP_REQUIRE_HASHES": "1"},
+        **{"PIP_TARGET": "/nope", "PIP_PREFIX": "/nope", "PIPENV_PIPFILE": "/nope"},
+        **{"PYTHONHOME": "/nope", "TMPDIR": "/nope", "PIP_INDEX_URL": "http://127.0.0.1:1/"},
+    }
+    done = run("make", "tools", f"PYTHON={python}", cwd=bare_clone, env={**os.environ, **theirs})
+    assert done.returncode == 0, done.stderr
+    log = (bare_clone / "build/setup.log").read_text()
+    reached = dict(line.split("=", 1) for line in log.splitlines() if "=" in line)
+    kept = {name: reached[name] for name in theirs if name in reached}
+    folder = str(bare_clone / "build/tmp")
+    assert kept == {
+        **{"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "TMPDIR": folder},
+        "PIP_INDEX_URL": "http://127.0.0.1:1/",
+    }
+    assert log.splitlines()[-1] == folder and not Path(folder).exists()
 
 
 def test_without_a_network_one_sentence_says_what_to_do(bare_clone: Path) -> None:
@@ -181,6 +246,62 @@ def test_the_locks_name_no_index_every_hash_and_packages_for_every_python(folder
             )
         ]
         assert skipped == [], f"Pipenv would skip these on Python {python}"
+
+
+# Python, and how markers call a platform: all that the README promises.
+MARKED = [
+    {
+        **{"python_full_version": python, "python_version": python[:4], "os_name": "posix"},
+        **{"sys_platform": platform, "platform_system": system, "platform_machine": machine},
+    }
+    for python in ("3.11.0", "3.11.14", "3.12.0", "3.13.0", "3.13.9")
+    for platform, system, machine in (
+        ("linux", "Linux", "x86_64"),
+        ("linux", "Linux", "aarch64"),
+        ("darwin", "Darwin", "arm64"),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "categories", [["packages"], ["model-server"], ["packages", "dev-packages"]], ids="-".join
+)
+def test_the_lock_has_all_that_its_packages_need_on_every_platform(categories: list[str]) -> None:
+    """What `pip check` says of the environment here, of those for other machines and Pythons."""
+    pipfile = tomllib.loads((ROOT / "Pipfile").read_text())
+    lock = json.loads((ROOT / "Pipfile.lock").read_text())
+    names = {"packages": "default", "dev-packages": "develop"}
+    pins = {k: v for each in categories for k, v in lock[names.get(each, each)].items()}
+    wanted = [
+        Requirement(f"{name}[{','.join(details['extras'])}]" if "extras" in details else name)
+        for each in categories
+        for name, details in pipfile[each].items()
+    ]
+    needs = {
+        name: [Requirement(line) for line in metadata.requires(name) or []]
+        for name in pins
+        if name != "appnope"  # for macOS alone, so it is not here; it needs nothing
+    }
+    faults = set()
+    for marked in MARKED:
+        waiting, seen = [*wanted], set()
+        while waiting:
+            need = waiting.pop()
+            name = canonicalize_name(need.name)
+            if (name, *need.extras) in seen:
+                continue
+            seen.add((name, *need.extras))
+            if name not in pins:
+                faults.add(f"{need} is missing")
+            elif not need.specifier.contains(pins[name]["version"].lstrip("="), prereleases=True):
+                faults.add(f"{need} is wanted, {pins[name]['version']} is locked")
+            elif not Marker(pins[name].get("markers", "os_name == 'posix'")).evaluate(marked):
+                faults.add(f"{need} is skipped: {pins[name]['markers']}")
+            for other in needs.get(name, []):
+                extras = [{**marked, "extra": extra} for extra in ("", *need.extras)]
+                if not other.marker or any(map(other.marker.evaluate, extras)):
+                    waiting.append(other)
+    assert faults == set()
 
 
 def test_setting_up_notices_what_the_installation_has_skipped(tmp_path: Path) -> None:
@@ -330,6 +451,33 @@ def test_a_partial_run_keeps_the_other_rows_and_links_all_pages(
         "next": "04-bonus-ant",
     }
     assert bar_of(target / "04-bonus-ant.html") == {"prev": "04-zoo", "all": "index"}
+
+
+def test_no_start_up_file_of_the_user_reaches_a_kernel(
+    workbook: list[object], tmp_path: Path
+) -> None:
+    startup = tmp_path / ".ipython/profile_default/startup"
+    startup.mkdir(parents=True)
+    for file in (startup / "00-ends.py", tmp_path / "ends.py"):
+        file.write_text("import os; os._exit(3)")
+    env = {name: value for name, value in os.environ.items() if name != "IPYTHONDIR"}
+    env |= {"HOME": str(tmp_path), "PYTHONSTARTUP": str(tmp_path / "ends.py")}
+    write_notebook(tmp_path / "source" / "01-works.ipynb", "print('prediction: dress')")
+    done = run(*workbook, env=env)
+    assert done.returncode == 0, done.stdout
+    assert "The picture shows: dress" in done.stdout
+
+
+def test_a_kernel_that_does_not_start_is_reported(workbook: list[object], tmp_path: Path) -> None:
+    """As where another program's folder in PYTHONPATH holds a module that ends it."""
+    ends = "import os, sys\nif 'ipykernel_launcher' in sys.orig_argv: os._exit(3)"
+    (tmp_path / "sitecustomize.py").write_text(ends)
+    write_notebook(tmp_path / "source" / "01-works.ipynb", "1")
+    done = run(*workbook, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "01-works failed: no kernel starts (Kernel died before replying" in done.stdout
+    assert "kernels.log\n" in done.stdout
+    assert (tmp_path / "target" / "01-works.html").exists()
 
 
 def test_a_lesson_that_leaves_a_server_behind_has_failed(

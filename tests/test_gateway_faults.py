@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import platform
 import random
 import select
 import shutil
@@ -40,7 +41,6 @@ from tensorflow_serving.apis import (
 )
 
 import tfserving
-from bench.measure import memory_settings
 
 NAME = "clothing-model"
 MONITORING = "/monitoring/prometheus/metrics"
@@ -626,23 +626,42 @@ class HostOfLarge(WebHost):
 
 
 def test_memory_while_many_send_many_large_links(start_gateway, model_server):
-    """It stays within what the container may have beside its uploads."""
+    """It stays within what the container may have beside its uploads, and then goes back."""
     manifest = yaml.safe_load((ROOT / "kube-config/base/gateway-deployment.yaml").read_text())
     pod = manifest["spec"]["template"]["spec"]
     quantities = [pod["containers"][0]["resources"]["limits"]["memory"]]
     quantities += [pod["volumes"][0]["emptyDir"]["sizeLimit"]]
     limit, uploads = (int(each.removesuffix("Mi")) * 2**20 for each in quantities)
-    options = {**memory_settings(), "PREDICT_TIMEOUT_SECONDS": "10"}
     with serve(HostOfLarge) as address, ThreadPoolExecutor(56) as pool:
-        gateway = start_gateway(model_server.grpc, **patient(address), **options)
+        gateway = start_gateway(model_server.grpc, **patient(address), PREDICT_TIMEOUT_SECONDS="10")
         worst = {"url": f"http://{address}/worst"}
         body = {"urls": [f"http://{address}/{number}" for number in range(16)]}
         answers = [*pool.map(lambda body: post(gateway, json=body), [worst] * 24 + [body] * 32)]
-        status = Path(f"/proc/{workers(gateway)[0].pid}/status").read_text()
+    (worker,) = workers(gateway)
+    status = Path(f"/proc/{worker.pid}/status").read_text()
     causes = Counter("" if answer.status == 200 else answer.cause for answer in answers)
     assert causes.keys() <= {"", "too-busy", "model-timeout"} and causes[""] >= 3, causes
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     assert peak < limit - uploads, f"{peak:,} of {limit:,} bytes, {uploads:,} of them for uploads"
+    if platform.libc_ver()[0] == "glibc":
+        eventually(lambda: worker.memory_info().rss < 300_000_000, "memory goes back")
+
+
+def test_large_pictures_of_many_clients_leave_their_memory_behind(start_gateway, model_server):
+    """Also where gunicorn is started by hand: what it reads has threads share one heap."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc can be told how threads keep memory")
+    pixels = Image.new("RGBA", (5000, 5000))
+    files = [HostOfLarge.many_pixels, encode(pixels.convert("CMYK"), "JPEG")]
+    gateway = start_gateway(model_server.grpc, PREDICT_TIMEOUT_SECONDS="25")
+    assert is_good(post(gateway))
+    (worker,) = workers(gateway)
+    before = worker.memory_info().rss
+    with ThreadPoolExecutor(12) as pool:
+        answers = [*pool.map(lambda file: post(gateway, files={"file": ("x", file)}), files * 12)]
+    assert {answer.status for answer in answers} <= {200, 503}, answers
+    after = worker.memory_info().rss
+    assert after - before < 100_000_000, f"{before:,} bytes became {after:,}"
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from helpers.servers import Server
 from PIL import Image, ImageCms, ImageOps
 
 import pictures
-from bench.measure import memory_settings
 
 MAX_PIXELS, MAX_BYTES, BOUND = 4_000_000, 10_000_000, 20
 MEMORY = MAX_PIXELS * 20 + 2 * MAX_BYTES  # 20 bytes a pixel: the same in several modes
@@ -609,7 +608,6 @@ def gateway(start_gateway, clothing_server) -> Server:
         clothing_server.grpc,
         IMAGE_MAX_PIXELS=str(MAX_PIXELS),
         IMAGE_MAX_BYTES=str(MAX_BYTES),
-        **memory_settings(),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from helpers.basics import ROOT
-from helpers.containers import DOCKERFILES, EMBEDDED, SERVING, instructions
+from helpers.containers import DOCKERFILES, EMBEDDED, GATEWAY, SERVING, instructions
+from helpers.manifests import PING
 
 from workbook import engine
 
@@ -39,3 +41,11 @@ def test_the_dockerfiles_name_no_registry_and_run_unprivileged(dockerfile: str) 
     assert instructions(dockerfile, "USER") == ["10001:10001"]
     for name in ("CMD", "ENTRYPOINT"):
         assert all(json.loads(command) for command in instructions(dockerfile, name))
+
+
+@pytest.mark.parametrize("dockerfile", [GATEWAY, EMBEDDED, PING])
+def test_the_builds_end_where_packages_are_missing_or_do_not_fit(dockerfile: str) -> None:
+    *_, install = [
+        run for run in instructions(dockerfile, "RUN") if "requirement" in run or "sync" in run
+    ]
+    assert re.search(r"&& \S*pip (--python \S+ )?check\b", install)

@@ -221,6 +221,9 @@ def execute(notebook: Path, folder: Path, **parameters: Any) -> Outcome:
     os.environ["WORKBOOK_RUN"] = MARK
     # This environment's own kernel, whatever else is called python3 on the machine.
     os.environ["JUPYTER_PATH"] = str(Path(sys.prefix, "share", "jupyter"))
+    # None of the files that IPython runs at its start for this user.
+    os.environ["IPYTHONDIR"] = str(ROOT / "build" / "ipython")
+    os.environ.pop("PYTHONSTARTUP", None)
     start = time.monotonic()
     try:
         with chatter_to(folder / "kernels.log") as terminal:
@@ -244,6 +247,9 @@ def execute(notebook: Path, folder: Path, **parameters: Any) -> Outcome:
         outcome.outcome, outcome.error = "failed", describe(error)
     except DeadKernelError:
         outcome.outcome, outcome.error = "failed", "the kernel died, perhaps for want of memory"
+    except RuntimeError as error:  # of Jupyter, before the first cell
+        log = os.path.relpath(folder / "kernels.log")
+        outcome.outcome, outcome.error = "failed", f"no kernel starts ({error}); see {log}"
     finally:
         end_started()
         for kind, name in on_the_engine(notebook.name[:2], ports.values()):

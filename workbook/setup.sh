@@ -1,5 +1,6 @@
 #!/bin/sh
 # Makes .tools/ (Pipenv) and .venv/ (the packages of Pipfile.lock), where they are missing or old.
+# It takes the Python that PYTHON names, if that is set.
 # `setup.sh tools` makes .tools/ only. `setup.sh peers` makes build/peers-venv/ for `make bench`.
 set -eu
 cd "$(dirname "$0")/.."
@@ -22,14 +23,34 @@ explain() { # say why an installation failed, as far as its log tells
   fail "The installation failed; $log says why."
 }
 
-find_python() { # print the first Python that runs, has venv, and is a version that TensorFlow supports
-  for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
-    "$candidate" -c '
+suits() { # print a command's Python, if it runs, has venv, and is a version that TensorFlow supports
+  "$1" -c '
 import ensurepip, sys, venv
 if not (3, 11) <= sys.version_info[:2] <= (3, 13): sys.exit(1)
-print(sys.executable)' 2>/dev/null && return
+print(sys.executable)' 2>/dev/null
+}
+
+find_python() { # print the Python that PYTHON names, or else the first one that suits
+  if [ -n "${PYTHON:-}" ]; then
+    suits "$PYTHON" || fail "$PYTHON is no Python 3.11, 3.12 or 3.13 with its venv module: give another path, or none: make PYTHON=/path/to/python3 ..."
+    return
+  fi
+  for candidate in python3.11 python3.12 python3.13 python3; do
+    suits "$candidate" && return
   done
   fail "No Python 3.11, 3.12 or 3.13 with its venv module was found: install one (Debian and Ubuntu: apt install python3-venv; macOS: brew install python@3.13), or name yours: make PYTHON=/path/to/python3 ..."
+}
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+check_choice() { # stop where PYTHON cannot be used, or where another Python was used before
+  chosen=$(find_python)
+  for folder in .tools .venv; do
+    before=$(version_of "$folder/bin/python") || continue
+    if [ "$before" != "$(version_of "$chosen")" ]; then
+      fail "$folder has Python $before, and $PYTHON is $(version_of "$chosen"): make clean first, or leave PYTHON out."
+    fi
+  done
 }
 
 has_pipenv() { [ "$(.tools/bin/python -m pipenv --version 2>/dev/null)" = "pipenv, version $pipenv" ]; }
@@ -41,8 +62,14 @@ verify() { # check that an environment holds all of a lock; only then does it co
   cp "$2" "$1/Pipfile.lock"
 }
 
+# Whatever a user has set for other work, packages go into our folders and pass through our disk.
+unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_DRY_RUN PIP_NO_DEPS PIP_REQUIRE_HASHES PIPENV_PIPFILE PIPENV_PYTHON
+export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0
+if [ -n "${PYTHON:-}" ]; then check_choice; fi
 if [ "${1:-}" = "" ] && is_current; then exit; fi
-mkdir -p build
+mkdir -p build/tmp
+export TMPDIR="$PWD/build/tmp"
+trap 'rm -rf build/tmp' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIPENV_VENV_IN_PROJECT=1 PIPENV_IGNORE_VIRTUALENVS=1 PIPENV_NOSPIN=1
 
 if ! has_pipenv; then
