@@ -13,7 +13,7 @@ def read(path: str | Path, message: Any) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except text_format.ParseError as error:
+        kind = f"tensorflow.serving.{type(message).DESCRIPTOR.name}"  # as TensorFlow calls it
         raise ValueError(
-            f"{path}: Error parsing text-format {type(message).DESCRIPTOR.full_name}: "
-            f"{str(error).strip()} (line:column)"
+            f"{path}: Error parsing text-format {kind}: {str(error).strip()} (line:column)"
         ) from error

@@ -215,6 +215,7 @@ def test_config_file_that_is_wrong_changes_nothing(
     server: Server, client: Client, models: Path, config_file: Path
 ) -> None:
     good = config_file.read_text()
+    eventually(lambda: client.predict("first") == (2, 2), "what it lists is served")
     config_file.write_text("model_config_list {\n  config {\n    nam: 'first'\n")
     eventually(lambda: 'has no field named "nam"' in server.log.read_text(), "it is told")
     config_file.unlink()
