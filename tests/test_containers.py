@@ -499,11 +499,13 @@ class Stack:
         return sorted((json.loads(line) for line in lines), key=lambda each: each["Name"])
 
     def requests_of(self, container: str) -> int:
-        """How many requests a model server has counted."""
+        """How many gRPC requests a model server has counted."""
         read = "import urllib.request as u; print(u.urlopen('{}').read().decode())"
         url = "http://127.0.0.1:8501/monitoring/prometheus/metrics"
         page = docker("exec", container, "python", "-c", read.format(url))
-        counts = re.findall(r"^:tensorflow:serving:request_count{.*} (\d+)$", page, re.MULTILINE)
+        counts = re.findall(
+            r"^:tensorflow:serving:request_latency_count{.*GRPC.*} (\d+)$", page, re.MULTILINE
+        )
         return sum(map(int, counts))
 
     def left(self) -> list[str]:

@@ -272,7 +272,8 @@ class Pair:
     def predictions(self, which: int) -> int:
         """How many Predict requests a server says it has answered."""
         text = requests.get(self.servers[which].http + MONITORING, timeout=30).text
-        wanted = f':tensorflow:serving:request_count{{model_name="{NAME}",status="OK"}} '
+        labels = f'model_name="{NAME}",API="Predict",entrypoint="GRPC"'
+        wanted = f":tensorflow:serving:request_latency_count{{{labels}}} "
         line = next((x for x in text.splitlines() if x.startswith(wanted)), "0")
         return int(line.split()[-1])
 

@@ -526,7 +526,9 @@ def test_the_clothes_are_classified_by_both_model_servers(
             answer = requests.post(url, files={"file": SAMPLES[0].read_bytes()}, timeout=60)
             assert answer.json()["top_class"] == SAMPLES[0].stem
             pages = [requests.get(f"http://{pod.address('http')}{page}") for pod in servers]
-            counts = [re.search(r'request_count{.*"OK"} (\d+)', each.text) for each in pages]
+            counts = [
+                re.search(r'request_latency_count{.*"GRPC"} (\d+)', each.text) for each in pages
+            ]
             return all(count and int(count[1]) >= 2 for count in counts)
 
         eventually(both_have_answered, "both model servers have answered twice")

@@ -1,4 +1,4 @@
-"""Write down how many requests some model servers have answered, three times a second, for ever.
+"""Write down how many gRPC requests some model servers have answered, three times a second, for ever.
 
     python -c "$(cat workbook/watch.py)" localhost:8501 localhost:8521
 
@@ -18,6 +18,6 @@ while True:
             page = urllib.request.urlopen(url, timeout=1).read().decode()
         except OSError:
             continue
-        counts = re.findall(r"request_count{.*OK.*} (\d+)", page)
+        counts = re.findall(r"request_latency_count{.*GRPC.*} (\d+)", page)  # no health checks
         print(f"{server} {time.time()} {sum(map(int, counts))}", flush=True)
     time.sleep(0.3)
