@@ -1,4 +1,4 @@
-"""Write down how many gRPC requests some model servers have answered, three times a second, for ever.
+"""Write down how many gRPC requests model servers have answered, three times a second, for ever.
 
     python -c "$(cat workbook/watch.py)" localhost:8501 localhost:8521
 
