@@ -953,7 +953,8 @@ def test_its_cells_can_run_again_one_by_one_and_all_together():
         exec(compile(cell, "cell", "exec"), names)
     client = names["app"].test_client()
     assert client.get("/livez").get_json() == {"status": "alive"}
-    assert client.get("/openapi.json").status_code == 200
+    with client.get("/openapi.json") as answer:
+        assert answer.status_code == 200
 
 
 def test_it_can_be_read_in_one_sitting():

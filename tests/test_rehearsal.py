@@ -506,9 +506,12 @@ def test_the_clothes_are_classified_by_both_model_servers(
     clothing_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    here = {"/models/clothing-model": str(clothing_model)}
+    here = {
+        "/models/clothing-model": str(clothing_model),
+        "/app/model.json": str(clothing_model / "1/assets.extra/model.json"),
+    }
     images = {
-        "clothing-gateway:001": read_image("gateway.dockerfile"),
+        "clothing-gateway:001": read_image("gateway.dockerfile", paths=here),
         "clothing-model:001": read_image("model_server/embedded.dockerfile", paths=here),
     }
     rehearsal = Rehearsal("clothes", images)
