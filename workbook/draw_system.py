@@ -14,7 +14,7 @@ BOXES = {
     "browser": (75, 0, 134, "browser", "or curl"),
     "gateway": (322, 0, 180, "gateway", "Flask, on CPU"),
     "server": (322, 1, 180, "model server", "on CPU or GPU"),
-    "saved_model": (322, 2, 180, "SavedModel", "clothing-model/1"),
+    "saved_model": (322, 2, 180, "SavedModel", "version 1"),
     "keras": (75, 2, 134, "Keras model", ".keras file"),
 }
 # From, to, what is said there: on a level arrow above and below it, beside a falling one.
