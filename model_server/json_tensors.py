@@ -19,27 +19,21 @@ from typing import Any
 import grpc
 import numpy as np
 
+from tfserving import messages_pb2 as pb
+
+from . import tensors
 from .errors import ServingError, invalid_argument
 
-# The dtypes that a number, a string or a bool in JSON can have: in TensorFlow Serving, these only.
-# Keys are the numbers in TensorFlow's ``DataType``; names are C++'s.
-DTYPES: dict[int, tuple[str, Any]] = {
-    1: ("float", np.float32),
-    2: ("double", np.float64),
-    3: ("int32", np.int32),
-    4: ("uint8", np.uint8),
-    5: ("int16", np.int16),
-    6: ("int8", np.int8),
-    7: ("string", np.object_),
-    9: ("int64", np.int64),
-    10: ("bool", np.bool_),
-    22: ("uint32", np.uint32),
-    23: ("uint64", np.uint64),
+# The NumPy types that a number, a string or a bool in JSON can have, by the ``DataType``: in
+# TensorFlow Serving these only.
+NUMPY_TYPES: dict[int, Any] = {
+    number: tensors.TYPES[number][0].type
+    for number in (
+        *(pb.DT_FLOAT, pb.DT_DOUBLE, pb.DT_STRING, pb.DT_BOOL, pb.DT_INT8, pb.DT_INT16),
+        *(pb.DT_INT32, pb.DT_INT64, pb.DT_UINT8, pb.DT_UINT32, pb.DT_UINT64),
+    )
 }
-FLOAT, STRING = 1, 7
-# The names of the others that differ from NumPy's.
-OTHER_NAMES = {14: "bfloat16", 17: "uint16", 19: "half", "float16": "half"}
-NUMPY_TYPES = {numpy_type: number for number, (_, numpy_type) in DTYPES.items()}
+FLOAT, STRING = pb.DT_FLOAT, pb.DT_STRING
 
 MAX_DIMENSIONS = 64  # NumPy has no more
 MAX_SHOWN_CHARACTERS = 500
@@ -346,13 +340,13 @@ def _rank(value: Any) -> int:
 
 def _values(values: list, dtype: int) -> np.ndarray:
     """Convert values that are all on the innermost level."""
-    if dtype not in DTYPES:
-        name = OTHER_NAMES.get(dtype, f"DataType {dtype}")
+    if dtype not in NUMPY_TYPES:
+        name = tensors.dtype_name(dtype)
         raise ServingError(
             grpc.StatusCode.UNIMPLEMENTED,
             f"Conversion of JSON Value: {show(values[0] if values else [])} to type: {name}",
         )
-    numpy_type = DTYPES[dtype][1]
+    numpy_type = NUMPY_TYPES[dtype]
     if numpy_type is np.object_:
         _require(values, dtype, str, dict)
         return _objects([_string(value) for value in values])
@@ -378,8 +372,9 @@ def _require(values: list, dtype: int, *types: type) -> None:
 
 def _type_error(value: Any, dtype: int) -> ServingError:
     kind = str(value) if isinstance(value, bool) else JSON_TYPES[type(value)]
+    expected = tensors.dtype_name(dtype)
     return invalid_argument(
-        f"JSON Value: {show(value)} Type: {kind} is not of expected type: {DTYPES[dtype][0]}"
+        f"JSON Value: {show(value)} Type: {kind} is not of expected type: {expected}"
     )
 
 
@@ -409,8 +404,8 @@ def _is_named(value: Any) -> bool:
 
 def _literals(name: str, array: np.ndarray) -> np.ndarray:
     """Write each value of an array; strings are base64 when the name ends in ``_bytes``."""
-    if array.dtype.type not in NUMPY_TYPES:
-        dtype = OTHER_NAMES.get(array.dtype.name, array.dtype.name)
+    if array.dtype.type not in NUMPY_TYPES.values():
+        dtype = tensors.dtype_name(tensors.data_type(array.dtype))
         raise invalid_argument(f"Failed to write JSON value for tensor type: {dtype}")
     values = array.ravel().tolist()
     if array.dtype == object and name.endswith("_bytes"):
