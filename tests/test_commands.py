@@ -277,7 +277,8 @@ def test_the_lock_has_all_that_its_packages_need_on_every_platform(categories: l
     pipfile = tomllib.loads((ROOT / "Pipfile").read_text())
     lock = json.loads((ROOT / "Pipfile.lock").read_text())
     names = {"packages": "default", "dev-packages": "develop"}
-    pins = {k: v for each in categories for k, v in lock[names.get(each, each)].items()}
+    sections = [lock[names.get(each, each)] for each in categories]
+    pins = {canonicalize_name(k): v for section in sections for k, v in section.items()}
     wanted = []
     for each in categories:
         for name, asked in pipfile[each].items():
