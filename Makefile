@@ -5,7 +5,7 @@ PY := .venv/bin/python
 # Jupyter finds the kernel named python3 in .venv, whatever else is installed for this user.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: help workbook test lint lab serve bench lock clean setup tools
+.PHONY: help workbook test lint lab serve bench load lock clean setup tools
 
 help:
 	@echo "Clothes to Cluster"
@@ -21,6 +21,9 @@ help:
 	@echo "                  (with another model: make serve MODEL=build/leaf-model)"
 	@echo "  make bench      measure the model server and the gateway, in about nine minutes"
 	@echo "                  (measure the memory over more requests: make bench REQUESTS=20000)"
+	@echo "  make load       send pictures to a gateway for 30 seconds, with 8 clients, and print how"
+	@echo "                  it did: make load HOST=http://localhost:9696 (with Locust's own page at"
+	@echo "                  a port: PAGE=8089; see bench/locustfile.py for the rest)"
 	@echo "  make lock       write the newest versions into Pipfile.lock"
 	@echo "  make clean      remove everything that these commands have made"
 	@echo
@@ -57,6 +60,14 @@ bench: setup
 	@workbook/setup.sh peers
 	@$(PY) -m bench.model_server $(if $(REQUESTS),--requests $(REQUESTS))
 	@$(PY) -m bench.gateway
+
+# Locust ends with 1 when a request has failed; the table says so, and the command has done its work.
+load: setup
+	@mkdir -p build/load
+	@.venv/bin/locust --locustfile bench/locustfile.py --host $(or $(HOST),http://localhost:9696) \
+	  $(if $(PICTURES),--pictures $(PICTURES)) $(if $(TAGS),--tags $(TAGS)) \
+	  --users $(or $(CLIENTS),8) --spawn-rate 100 --run-time $(or $(SECONDS),30)s --exit-code-on-error 0 \
+	  $(if $(PAGE),--web-host 127.0.0.1 --web-port $(PAGE),--headless --only-summary --csv build/load/load)
 
 lock: tools
 	@.tools/bin/python workbook/lock.py
