@@ -2,8 +2,8 @@
 
 It needs a driver (``nvidia-smi``), and a Keras whose backend, JAX or TensorFlow, finds the GPU.
 Each number is of whole calls: a batch of pictures as float32 goes from the machine's memory to the
-card, and probabilities come back. The table goes into ``bench/README.md``, between its two marks; lesson
-08 reads it there. Without a GPU it says so, and nothing changes.
+card, and probabilities come back. The table goes into ``bench/README.md``, between its marks, and
+lesson 08 reads it there. Without a GPU it says so, and nothing changes.
 """
 
 import argparse
@@ -133,7 +133,8 @@ def load(precision: str) -> Any:
     config = model.get_config()
     dtype = "mixed_bfloat16" if precision == "bfloat16" else "float32"
     for layer in config["layers"]:
-        layer["config"]["dtype"] = dtype
+        if layer["class_name"] != "InputLayer":  # what comes in stays float32
+            layer["config"]["dtype"] = dtype
     same = model.__class__.from_config(config)
     same.set_weights(model.get_weights())
     return same
