@@ -18,7 +18,10 @@ from workbook.run import lessons
 NOTEBOOKS = lessons(ROOT / "notebooks")
 MAIN = [path for path in NOTEBOOKS if "-bonus-" not in path.name]
 GLOSSARY = ROOT / "docs/glossary.md"
-ENDING = ["Checkpoint", "Clean up", "What you built", "Exercises"]
+ENDINGS = [
+    ["Checkpoint", "Exercises", "Clean up", "What you built"],
+    ["Checkpoint", "Clean up", "What you built", "Exercises"],
+]
 # Ranges that belong to no machine of ours: examples, and the metadata address of the clouds.
 EXAMPLES = ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "169.254.169.254/32")
 
@@ -86,7 +89,7 @@ def test_begins_and_ends_as_every_lesson_does(path: Path) -> None:
     headings = re.findall(
         r"^## (.+)$", "\n".join(c.source for c in cells if c.cell_type == "markdown"), re.MULTILINE
     )
-    assert headings[-4:] == ENDING
+    assert headings[-4:] in ENDINGS
     parameters(path)
     following = [other for other in MAIN if other.name[:2] > path.name[:2]]
     if following:
@@ -99,8 +102,9 @@ def test_cells_are_small_and_explained(path: Path) -> None:
     programs = {"gateway", "first_gateway"}
     cells = [c for c in read(path).cells if not programs & {*c.metadata.get("tags", [])}]
     lengths = [lines_of(cell) for cell in cells if cell.cell_type == "code"]
-    # Lesson 01 exports twice, 04 builds two programs and attacks both, 10 goes the whole way.
-    most, median = {"01": (65, 6), "04": (57, 6), "10": (50, 5)}.get(path.name[:2], (50, 4))
+    # Lesson 01 exports twice, 04 builds two programs and attacks both, 08 has seven parts and
+    # exercises with cells of their own, 10 goes the whole way.
+    most, median = {"01": (65, 6), "04": (57, 6), "08": (86, 6), "10": (50, 5)}.get(path.name[:2], (50, 4))
     assert 25 <= len(cells) <= most
     assert max(map(lines_of, code_cells(path))) <= 20
     assert statistics.median(lengths) <= median

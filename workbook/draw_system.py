@@ -49,6 +49,10 @@ LESSONS: dict[str, tuple[list[str], list[Frame]]] = {
             ("namespace clothes", ["gateway", "server", "saved_model"]),
         ],
     ),
+    "08": (
+        ["gateway", "grpc", "server"],
+        [("1 … k gateways", ["gateway"]), ("1 … m model servers", ["server"])],
+    ),
     "10": (["keras", "export", "saved_model"], []),
     "09": (
         ["http", "gateway", "grpc", "server", "saved_model"],

@@ -1,0 +1,102 @@
+"""What lesson 08 computes with: the autoscaler that it replays, and its simulation."""
+
+import math
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+import simpy
+import yaml
+from helpers.basics import ROOT
+
+COST = {"Locust": 1.0, "gateway": 5.0, "model server": 8.0}
+
+
+def cells(tag: str) -> dict[str, Any]:
+    """Run the lesson's cells with this tag; return what they define."""
+    defined: dict[str, Any] = {"math": math, "np": np, "random": random, "simpy": simpy}
+    defined["ExitStack"] = ExitStack
+    for cell in nbformat.read(ROOT / "notebooks/08-scaling.ipynb", as_version=4).cells:
+        if tag in cell.metadata.get("tags", []):
+            exec(compile(cell.source, f"lesson 08, {cell.id}", "exec"), defined)
+    return defined
+
+
+@pytest.fixture(scope="module")
+def replay() -> dict[str, Any]:
+    return cells("replay")
+
+
+@pytest.fixture(scope="module")
+def simulation() -> dict[str, Any]:
+    random.seed(1)
+    return cells("simulation")
+
+
+def scaler(tier: str) -> dict[str, Any]:
+    path = ROOT / f"kube-config/base/{tier}-horizontalpodautoscaler.yaml"
+    return yaml.safe_load(path.read_text())["spec"]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "usage", "wanted"),
+    [(4, 80, 4), (4, 87, 4), (4, 73, 4), (4, 89, 5), (4, 60, 3), (3, 800, 10), (4, 0, 2)],
+)
+def test_the_formula_rounds_up_tolerates_a_tenth_and_keeps_within_its_bounds(
+    replay: dict[str, Any], replicas: int, usage: float, wanted: int
+) -> None:
+    assert replay["wish"](replicas, usage, scaler("gateway")) == wanted
+
+
+def test_gateways_double_at_once_and_go_one_by_one_after_two_minutes(
+    replay: dict[str, Any],
+) -> None:
+    rates = [0] * 2 + [1000] * 4 + [0] * 30
+    replicas = replay["replay"](rates, scaler("gateway"), picture_ms=5)
+    assert replicas[:6] == [2, 2, 4, 8, 10, 10]
+    assert replicas[6:14] == [10] * 8  # until the last high wish, at 90 s, is older than 120 s
+    assert replicas[14:] == [n for n in range(9, 2, -1) for _ in range(2)] + [2] * 8
+
+
+def test_a_short_rush_calls_for_no_model_server(replay: dict[str, Any]) -> None:
+    """It would have to last as long as the window for scaling up; then one comes at a time."""
+    spec = scaler("model-server")
+    rush = replay["replay"]([10, 10, 10, 500, 10, 10], spec, picture_ms=8, requested=250)
+    assert rush == [2] * 6
+    lasting = replay["replay"]([10, 10, 10, *[500] * 6], spec, picture_ms=8, requested=250)
+    assert lasting == [2, 2, 2, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("gateways", "clients", "cores", "cost", "rate"),
+    [
+        (1, 1, 1, COST, 1000 / 14),  # nobody waits
+        (1, 1, 4, COST, 1000 / 8),  # a lone picture is scored by all cores
+        (4, 64, 2, COST, 2 * 1000 / 14),  # the cores are the limit
+        (1, 64, 16, COST | {"gateway": 10.0}, 1000 / 10),  # the gateway is
+        (2, 64, 16, COST | {"gateway": 10.0}, 2 * 1000 / 10),
+    ],
+)
+def test_the_simulation_is_limited_by_what_should_limit_it(
+    simulation: dict[str, Any],
+    gateways: int,
+    clients: int,
+    cores: int,
+    cost: dict[str, float],
+    rate: float,
+) -> None:
+    closed: Callable[..., float] = simulation["closed"]
+    assert closed(gateways, clients, cores, cost) == pytest.approx(rate, rel=0.06)
+
+
+def test_requests_wait_when_the_servers_are_nearly_always_busy(simulation: dict[str, Any]) -> None:
+    p95 = {
+        busy: simulation["opened"](4, 4, busy * 4 * 1000 / COST["gateway"], COST)
+        for busy in (0.3, 0.7, 0.98)
+    }
+    assert COST["gateway"] + COST["model server"] < p95[0.3] <= p95[0.7] * 1.05
+    assert p95[0.98] > 1.5 * p95[0.3]
