@@ -77,6 +77,12 @@ def read(page: str) -> list[Measured]:
     ]
 
 
+def best(page: str) -> Measured | None:
+    """Return the quickest of a page's numbers that a GPU has made, if there are any."""
+    of_cards = [each for each in read(page) if not each.device.startswith("CPU")]
+    return max(of_cards, key=lambda each: each.rate, default=None)
+
+
 def smi(what: str) -> str:
     """Ask the first GPU's driver for something, such as its name."""
     words = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]

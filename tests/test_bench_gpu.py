@@ -25,6 +25,8 @@ def test_the_table_is_read_as_it_was_written_and_replaces_the_one_before() -> No
     assert gpu.read(gpu.written(page, one)) == one
     assert gpu.read(gpu.written(gpu.written(page, one), two)) == two
     assert gpu.written(page, two).partition(gpu.BEGIN)[0] == page.partition(gpu.BEGIN)[0]
+    assert gpu.best(gpu.written(page, two)) == two[0]
+    assert gpu.best(gpu.written(page, two[1:])) is None
     assert one[0].rate == pytest.approx(12118.3, rel=1e-3)
 
 

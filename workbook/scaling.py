@@ -12,13 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import IPython.display
 import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 import requests
+from PIL import Image
 
 import tfserving
 from description import Description
@@ -124,6 +127,12 @@ def by_clients(seen: Sequence[Request], numbers: Sequence[int]) -> dict[int, Poi
     return {n: point([each for each in seen if each.clients == n]) for n in numbers}
 
 
+def wavering(measured: Mapping[Any, Mapping[int, Point]], numbers: Sequence[int]) -> float:
+    """Say by how much throughputs differ that should be alike: the median over all runs."""
+    rates = [[line[n].rate for n in numbers] for line in measured.values()]
+    return float(np.median([np.ptp(each) / np.median(each) for each in rates]))
+
+
 def cpu_seconds(tier: str) -> float:
     """Return how long the servers whose names begin so have had a core, with their workers."""
     mine = [psutil.Process(each.pid) for n, each in servers.running.items() if n.startswith(tier)]
@@ -136,7 +145,8 @@ def measure(hosts: Sequence[str], options: str) -> tuple[list[Request], dict[str
     before = {tier: cpu_seconds(tier) for tier in TIERS}
     seen = load(hosts, options)
     cost = {tier: 1000 * (cpu_seconds(tier) - before[tier]) / len(seen) for tier in TIERS}
-    return seen, cost | {"Locust": 1000 * (seen[-1].cpu - seen[0].cpu) / (len(seen) - 1)}
+    cost["Locust"] = 1000 * (seen[-1].cpu - seen[0].cpu) / (len(seen) - 1)
+    return seen, {tier: round(ms, 2) for tier, ms in cost.items()}
 
 
 def stage_seconds(metrics_port: int, rest_port: int) -> dict[str, float]:
@@ -248,38 +258,55 @@ class Replicas:
         gained = [new[pod] - old.get(pod, 0) for pod in new]
         return len(gained) == number and min(gained) > 0.2 * sum(gained)
 
-    def plot(self, moments: Mapping[str, float]) -> None:
-        """Draw each pod's requests a second, and what happened when."""
+    def plot(self, moments: Mapping[str, float], smooth: int = 3) -> None:
+        """Draw each pod's requests a second over `smooth` notes, and what happened when."""
         start = self.history[0][0]
-        for pod in dict.fromkeys(pod for _, seen in self.history for pod in seen):
-            times, numbers = np.array([(t, seen[pod]) for t, seen in self.history if pod in seen]).T
-            rates = np.diff(numbers) / np.diff(times)
-            plt.plot(times[1:] - start, rates, label=pod.rpartition("-")[2])
+        pods = dict.fromkeys(pod for _, seen in self.history for pod in seen)
+        for pod, color in zip(pods, (INK, GOLD, MARK, QUIET, LIGHT), strict=False):
+            noted = np.array([(t, seen[pod]) for t, seen in self.history if pod in seen])
+            if len(noted) > smooth:
+                seconds, requests = (noted[smooth:] - noted[:-smooth]).T
+                rates = requests / seconds
+                plt.plot(noted[smooth:, 0] - start, rates, color=color, label=pod[-5:])
+        plt.ylim(0, 1.25 * plt.ylim()[1])
         for number, (what, when) in enumerate(moments.items()):
             plt.axvline(when - start, color=QUIET, linestyle=":")
-            place = 0.97 - 0.09 * number
-            where = plt.gca().get_xaxis_transform()
-            plt.text(when - start, place, f" {what}", transform=where, va="top")
+            height = (0.93 - 0.08 * number) * plt.ylim()[1]
+            plt.text(when - start, height, f" {what}")
         plt.xlabel("seconds")
         plt.ylabel("requests a second")
-        plt.ylim(0)
         plt.legend(title="pod", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+        show()
 
 
 # --- Plots ----------------------------------------------------------------------------------------
 
 
-def plot_stages(stages: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw a stacked bar of milliseconds for each of some situations."""
+def show() -> None:
+    """Show the current figure in few colours, so that a notebook with many plots stays small."""
+    plain, small = BytesIO(), BytesIO()
+    plt.gcf().savefig(plain, dpi=110)
+    plt.close()
+    Image.open(plain).convert("RGB").quantize(40, dither=Image.Dither.NONE).save(
+        small, "PNG", optimize=True
+    )
+    IPython.display.display(IPython.display.Image(small.getvalue()))
+
+
+def plot_stages(stages: Mapping[int, Mapping[str, float]]) -> None:
+    """Draw a stacked bar of milliseconds for each number of clients."""
     left = np.zeros(len(stages))
     for stage, color in zip(
         next(iter(stages.values())), (MARK, INK, GOLD, LIGHT, QUIET), strict=True
     ):
         widths = [max(0.0, each[stage]) for each in stages.values()]
-        plt.barh([*stages], widths, left=left, color=color, label=stage)
+        plt.barh(
+            [f"clients: {number}" for number in stages], widths, left=left, color=color, label=stage
+        )
         left += widths
     plt.xlabel("milliseconds for a picture")
     plt.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    show()
 
 
 def clients_axis(axes: Any, numbers: Sequence[int], label: str = "clients") -> None:
@@ -290,24 +317,28 @@ def clients_axis(axes: Any, numbers: Sequence[int], label: str = "clients") -> N
     axes.set(xlabel=label, ylim=(0, None))
 
 
-def plot_tiers(
-    measured: Mapping[tuple[int, int], Mapping[int, Point]], knees: Mapping, limit: float
-) -> None:
-    """Draw throughput and p95 against clients, for each number of gateways and model servers."""
-    _, axes = plt.subplots(2, figsize=(5.4, 5.6))
+def plot_tiers(measured: Mapping[tuple[int, int], Mapping[int, Point]], limit: float) -> None:
+    """Draw throughput and p95 against clients, for each number of gateways and model servers.
+
+    A dot marks the knee: the fewest clients with nine tenths of a line's best throughput.
+    """
+    _, axes = plt.subplots(2, figsize=(5.4, 5.2))
     for (arrangement, line), color in zip(measured.items(), LINES, strict=True):
+        rates = {n: each.rate for n, each in line.items()}
+        knee = min(n for n in rates if rates[n] >= 0.9 * max(rates.values()))
         label = "{} + {}".format(*arrangement)
-        axes[0].plot([*line], [each.rate for each in line.values()], color=color, label=label)
+        axes[0].plot([*rates], [*rates.values()], color=color, label=label)
+        axes[0].plot(knee, rates[knee], "o", color=color)
         axes[1].plot([*line], [each.p95 for each in line.values()], color=color)
-        knee = knees[arrangement]
-        axes[0].plot(knee, line[knee].rate, "o", color=color)
     axes[0].axhline(limit, color=INK, linestyle="--", label="all cores")
     axes[0].set_ylabel("pictures a second")
     axes[1].set_ylabel("p95, ms")
     for each in axes:
-        clients_axis(each, [*line])
-    legend = {"title": "gateways + model servers", "ncols": 3}
-    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), **legend)
+        clients_axis(each, [*measured[1, 1]])
+    axes[0].legend(
+        title="gateways + model servers", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1)
+    )
+    show()
 
 
 def plot_batches(sizes: Sequence[int], lines: Mapping[str, Sequence[float]]) -> None:
@@ -317,6 +348,7 @@ def plot_batches(sizes: Sequence[int], lines: Mapping[str, Sequence[float]]) -> 
     clients_axis(plt.gca(), sizes, "threads that ask, or pictures in a batch")
     plt.ylabel("pictures a second")
     plt.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+    show()
 
 
 def plot_replay(rates: Sequence[float], replicas: Sequence[int]) -> None:
@@ -328,6 +360,7 @@ def plot_replay(rates: Sequence[float], replicas: Sequence[int]) -> None:
     twin = axes.twinx()
     twin.step(minutes, replicas, color=INK)
     twin.set(ylabel="gateways", ylim=(0, max(replicas) + 1))
+    show()
 
 
 def plot_simulation(measured: Mapping, simulated: Mapping) -> None:
@@ -338,7 +371,9 @@ def plot_simulation(measured: Mapping, simulated: Mapping) -> None:
         plt.plot([*line], [*simulated[arrangement].values()], color=color)
     clients_axis(plt.gca(), [*line])
     plt.ylabel("pictures a second")
-    plt.legend(title="dots measured, lines simulated", ncols=2)
+    legend = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
+    plt.legend(title="dots measured, lines simulated", ncols=4, **legend)
+    show()
 
 
 def plot_ratios(ratios: Mapping[str, float]) -> None:
@@ -349,6 +384,7 @@ def plot_ratios(ratios: Mapping[str, float]) -> None:
     plt.axvline(2.5, color=QUIET, linestyle="--")
     plt.margins(x=0.15)
     plt.xlabel("gateways that one GPU can serve")
+    show()
 
 
 def plot_overload(overload: Mapping[str, Sequence[Request]]) -> None:
@@ -364,3 +400,4 @@ def plot_overload(overload: Mapping[str, Sequence[Request]]) -> None:
         axis.set(title=title, xlabel="asked at second")
     axes[0].set_ylabel("seconds until the answer")
     axes[0].legend(markerscale=4)
+    show()
