@@ -51,7 +51,7 @@ LESSONS: dict[str, tuple[list[str], list[Frame]]] = {
     ),
     "08": (
         ["gateway", "grpc", "server"],
-        [("1 … k gateways", ["gateway"]), ("1 … m model servers", ["server"])],
+        [("1 … k", ["gateway"]), ("1 … m", ["server"])],
     ),
     "10": (["keras", "export", "saved_model"], []),
     "09": (

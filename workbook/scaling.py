@@ -282,6 +282,25 @@ class Replicas:
 # --- Plots ----------------------------------------------------------------------------------------
 
 
+def table(title: str, columns: Mapping[Any, Mapping[str, float]]) -> str:
+    """Lay out numbers in Markdown, a column for each key, narrow enough for a phone."""
+    names = [f"{name:,}" if isinstance(name, int) else name for name in columns]
+    lines = [f"| {title} | {' | '.join(names)} |", "|---" + "|--:" * len(columns) + "|"]
+    for row in next(iter(columns.values())):
+        numbers = [short(column[row]) for column in columns.values()]
+        lines.append(f"| {row} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def short(number: float) -> str:
+    """Write a number with about three digits, so that a table stays narrow."""
+    if number != number:  # not a number
+        return "–"
+    if number >= 99_950:
+        return f"{number / 1e6:,.1f} M" if number >= 999_500 else f"{number / 1000:.0f} k"
+    return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"
+
+
 def show() -> None:
     """Show the current figure in few colours, so that a notebook with many plots stays small."""
     plain, small = BytesIO(), BytesIO()
@@ -376,13 +395,14 @@ def plot_simulation(measured: Mapping, simulated: Mapping) -> None:
     show()
 
 
-def plot_ratios(ratios: Mapping[str, float]) -> None:
+def plot_ratios(ratios: Mapping[str, float], milliseconds: Mapping[str, float]) -> None:
     """Draw how many gateways one GPU can serve, with five to two as a line."""
     colors = [MARK if 2 <= ratio <= 3.2 else INK for ratio in ratios.values()]
     bars = plt.barh([*ratios], [*ratios.values()], color=colors)
-    plt.bar_label(bars, [f" {ratio:.1f}" for ratio in ratios.values()])
+    labels = [f" {ratio:.1f} ({milliseconds[name]:.2f} ms)" for name, ratio in ratios.items()]
+    plt.bar_label(bars, labels)
     plt.axvline(2.5, color=QUIET, linestyle="--")
-    plt.margins(x=0.15)
+    plt.margins(x=0.3)
     plt.xlabel("gateways that one GPU can serve")
     show()
 
