@@ -13,6 +13,8 @@ import simpy
 import yaml
 from helpers.basics import ROOT
 
+from workbook import scaling
+
 COST = {"Locust": 1.0, "gateway": 5.0, "model server": 8.0}
 
 
@@ -100,3 +102,28 @@ def test_requests_wait_when_the_servers_are_nearly_always_busy(simulation: dict[
     }
     assert COST["gateway"] + COST["model server"] < p95[0.3] <= p95[0.7] * 1.05
     assert p95[0.98] > 1.5 * p95[0.3]
+
+
+def test_requests_are_summed_up_as_littles_law_wants_it() -> None:
+    """Two clients in turns, each of whose requests takes a tenth of a second."""
+    seen = [scaling.Request(n / 20, 2, 100.0, "", 0.0) for n in range(100)]
+    point = scaling.point(seen)
+    assert point.rate * point.mean / 1000 == pytest.approx(2)
+    assert point.p95 == 100
+    assert scaling.by_clients(seen, [2]) == {2: point}
+    quick, slow = point._replace(rate=9.0), point._replace(rate=11.0)
+    assert scaling.wavering({(1, 1): {4: quick, 8: slow}}, [4, 8]) == pytest.approx(0.2)
+
+
+def test_tables_are_narrow() -> None:
+    columns: dict[int, dict[str, float]] = {
+        1: {"pods": 4, "links": 99_949},
+        10_000: {"pods": 0.25, "links": 27_590_400},
+    }
+    columns[100] = {"pods": math.nan, "links": 178_321}
+    assert scaling.table("times", columns).splitlines() == [
+        "| times | 1 | 10,000 | 100 |",
+        "|---|--:|--:|--:|",
+        "| pods | 4 | 0.2 | – |",
+        "| links | 99,949 | 27.6 M | 178 k |",
+    ]

@@ -228,6 +228,17 @@ class Replicas:
             raise RuntimeError(f"The client in the gateway's pod said: {said[-500:]}")
         return int(said)
 
+    def start(self, number: int) -> None:
+        """Scale to so many pods, wait until they and a gateway are ready, and forget the past."""
+        self.kubectl(f"scale deployment/model-server --replicas={number}")
+        servers.wait_until(
+            lambda: len(self.counts()) == number, f"{number} model servers are ready"
+        )
+        servers.wait_until(
+            lambda: any(pod.ready for pod in self.kubectl.pods("gateway")), "a gateway is ready"
+        )
+        self.history.clear()
+
     def counts(self) -> dict[str, int]:
         """Return how many predictions each pod has answered that is ready, by its own count."""
         pods = [pod.name for pod in self.kubectl.pods("model-server") if pod.ready]
