@@ -344,7 +344,7 @@ def clients_axis(axes: Any, numbers: Sequence[int], label: str = "clients") -> N
     axes.set_xscale("log")
     axes.set_xticks(numbers, [str(number) for number in numbers])
     axes.minorticks_off()
-    axes.set(xlabel=label, ylim=(0, None))
+    axes.set(xlabel=label, ylim=(0, 1.05 * axes.get_ylim()[1]))
 
 
 def plot_tiers(measured: Mapping[tuple[int, int], Mapping[int, Point]], limit: float) -> None:
@@ -413,7 +413,7 @@ def plot_ratios(ratios: Mapping[str, float], milliseconds: Mapping[str, float]) 
     labels = [f" {ratio:.1f} ({milliseconds[name]:.2f} ms)" for name, ratio in ratios.items()]
     plt.bar_label(bars, labels)
     plt.axvline(2.5, color=QUIET, linestyle="--")
-    plt.margins(x=0.3)
+    plt.margins(x=0.45)
     plt.xlabel("gateways that one GPU can serve")
     show()
 
