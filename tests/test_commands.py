@@ -426,6 +426,30 @@ while not Path({str(tmp_path)!r}, "released").exists():
     assert (*busy, second.strip()) == (str(port), first.strip(), str(port))
 
 
+def test_lessons_run_side_by_side_but_for_those_that_measure(
+    workbook: list[object], tmp_path: Path
+) -> None:
+    """Two go on when the other has come, too; the one that measures comes when both have left."""
+    port = "GRPC_PORT = 8500"
+    begin = f"import pathlib, time\ncame = pathlib.Path({str(tmp_path)!r})"
+    meet = """(came / f"{GRPC_PORT}.came").touch()
+deadline = time.monotonic() + 60
+while len([*came.glob("*.came")]) < 2:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+(came / f"{GRPC_PORT}.left").touch()"""
+    alone = tmp_path / "source" / "04-measures.ipynb"
+    for path in (alone.with_name("02-a.ipynb"), alone.with_name("03-b.ipynb")):
+        write_notebook(path, port, begin, meet)
+    write_notebook(alone, port, begin, "assert len([*came.glob('*.left')]) == 2")
+    node = nbformat.read(alone, as_version=4)
+    node.metadata["alone"] = True
+    nbformat.write(node, alone)
+    done = run(*workbook, "--jobs", "3")
+    assert done.returncode == 0, done.stdout
+    assert len({path.stem for path in tmp_path.glob("*.came")}) == 2, "each has ports of its own"
+
+
 def bar_of(page: Path) -> dict[str, str]:
     """Where the links of a page's navigation bar lead to."""
     (bar,) = re.findall(r'<nav class="lessons".*?</nav>', page.read_text(), re.DOTALL)

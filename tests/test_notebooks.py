@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from helpers.basics import ROOT
 
-from workbook.run import lessons
+from workbook.execute import lessons
 
 NOTEBOOKS = lessons(ROOT / "notebooks")
 MAIN = [path for path in NOTEBOOKS if "-bonus-" not in path.name]
