@@ -88,7 +88,7 @@ def choose_cluster(
 
 def within(namespace: str, cluster: Cluster) -> Cluster:
     """Return a cluster whose namespace, if there is one of this name, is the lessons' own."""
-    words = [*shlex.split(cluster.kubectl), "get", "namespace", namespace, "--ignore-not-found"]
+    words = shlex.split(f"{cluster.kubectl} get namespace {namespace} --ignore-not-found")
     words.append("--output=go-template={{.metadata.labels}}")
     found = subprocess.run(words, capture_output=True, text=True).stdout if namespace else ""
     if found and f"app.kubernetes.io/part-of:{namespace}" not in found:
@@ -115,9 +115,8 @@ def docker_answers(wanted: str = "auto") -> bool:
 
 def answers(kubectl: str) -> bool:
     """Say whether a cluster's API answers, and lets us in."""
-    words = [*shlex.split(kubectl), "get", "namespaces", "--request-timeout=10s"]
-    done = subprocess.run(words, capture_output=True, timeout=6 * PROBE_SECONDS)
-    return done.returncode == 0
+    words = shlex.split(f"{kubectl} get namespaces --request-timeout=10s")
+    return subprocess.run(words, capture_output=True, timeout=60).returncode == 0
 
 
 def own_cluster() -> Cluster | str:
@@ -131,7 +130,7 @@ def own_cluster() -> Cluster | str:
         if answers(kubectl):
             return Cluster("kubernetes", f"the Kind cluster {NAME} was there", kubectl)
         return f"that of Kind does not answer: kind delete cluster --name {NAME}"
-    image = node_image()
+    image = yaml.safe_load(KIND_CONFIG.read_text())["nodes"][0]["image"]
     if not docker("image", "inspect", image) and (obstacle := pull_obstacle(image)):
         return obstacle
     print(f"creating the Kind cluster {NAME}, a minute or two", flush=True)
@@ -143,11 +142,6 @@ def own_cluster() -> Cluster | str:
             return Cluster("kubernetes", f"Kind has created {NAME}", kubectl, created=True)
     said = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no answer")
     return f"Kind could not create one ({said.removeprefix('ERROR: ')})"
-
-
-def node_image() -> str:
-    """Return the image of the cluster's node, as Kind's configuration names it."""
-    return yaml.safe_load(KIND_CONFIG.read_text())["nodes"][0]["image"]
 
 
 def kind(*arguments: str) -> subprocess.CompletedProcess[str]:
