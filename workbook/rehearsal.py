@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,10 @@ class Rehearsal:
             pod.ending.set()
         for pod in self.all_pods:
             pod.gone.wait()
-        for taken in (*self.proxies.values(), *self.claims.values()):
-            taken.close()
+        for proxy in self.proxies.values():
+            proxy.close()
+        for claim in self.claims.values():
+            claim.close()
         self.reaper.communicate(timeout=60)  # closes its input, and waits for its end
 
     # --- What kubectl asks for --------------------------------------------------------------------
@@ -349,27 +352,23 @@ class Proxy(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def finish_request(self, request: Any, client_address: object) -> None:
-        """Carry what one side sends to the other, until both have said all."""
+        """Carry what one side sends to the other, its end included, until both have said all."""
         host, port = self.choose().split(":")
-        with suppress(OSError), socket.create_connection((host, int(port))) as other:
-            answers = threading.Thread(target=pass_on, args=(other, request), daemon=True)
-            answers.start()
-            pass_on(request, other)
-            answers.join()
+        with suppress(OSError), socket.create_connection((host, int(port))) as pod:
+            other = {request: pod, pod: request}
+            while other:
+                ready: list[Any] = wait([*other])
+                for source in ready:
+                    if data := source.recv(65536):
+                        with suppress(OSError):  # a server may answer before it has read all
+                            other[source].sendall(data)
+                    else:
+                        other.pop(source).shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Take no more connections."""
         self.shutdown()
         self.server_close()
-
-
-def pass_on(source: socket.socket, target: socket.socket) -> None:
-    """Pass on what one side sends, its end included."""
-    with suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
 
 
 if __name__ == "__main__":
