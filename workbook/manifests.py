@@ -128,10 +128,7 @@ def port_number(container: Manifest, port: int | str | None = None) -> int:
 
 
 def environment(container: Manifest, read_object: Callable[[str, str], Manifest]) -> dict[str, str]:
-    """Return the environment that a manifest asks for; ValueError if a Secret lacks a part.
-
-    `read_object` returns an object by its kind and name.
-    """
+    """Return the environment that a manifest asks for; ValueError if a Secret lacks a part."""
     found = {}
     for each in container.get("env", []):
         found[each["name"]] = each.get("value") or ""
