@@ -64,11 +64,11 @@ class Kubectl:
         if self.again:
             self.opened[namespace].close()
         self.opened[namespace] = self
-        self.cluster, self.open = cluster, ExitStack()
+        self.cluster, self.closing = cluster, ExitStack()
         self.command = f"{cluster.kubectl} --namespace {namespace}"
         self.rehearsal = None if cluster.engine == "kubernetes" else Rehearsal(namespace)
         if self.rehearsal is not None:
-            self.open.callback(self.rehearsal.close)
+            self.closing.callback(self.rehearsal.close)
 
     def load(self, image: str, dockerfile: str, paths: Any = None, **build: Any) -> None:
         """Bring an image of this machine's Docker to where the pods run.
@@ -104,7 +104,7 @@ class Kubectl:
         name, words = f"port-forward {local_port}", shlex.split(f"{self.command} {command}")
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         tunnel = servers.start(name, words, [local_port], text=True, **output)
-        self.open.callback(servers.stop, name)
+        self.closing.callback(servers.stop, name)
         # To try whether it is open could break it; kubectl says when it is, or why it cannot be.
         assert tunnel.stdout is not None
         if not (line := tunnel.stdout.readline()).startswith("Forwarding"):
@@ -133,7 +133,7 @@ class Kubectl:
 
     def close(self) -> None:
         """Close the tunnels, and end the rehearsal if there is one."""
-        self.open.close()
+        self.closing.close()
 
 
 # --- What a rehearsal does for a command ----------------------------------------------------------
