@@ -268,14 +268,15 @@ def test_long_json_is_read_and_written_by_processes_that_come_and_go(
     assert os.getpgid(worker.pid) != os.getpgid(server.process.pid)  # where Ctrl-C is sent
     worker.suspend()
     with ThreadPoolExecutor(1) as pool:
-        lost = pool.submit(ask, url, long_body(50_000))
+        # Where there is no such model, nothing is left to do but to read the body.
+        lost = pool.submit(ask, url.replace(client.model_name, "nobody"), long_body(50_000))
         assert number(client.predict(x=ZERO)) == 1
         assert ask(url, b'{"inputs": [0.5]}') == (200, {"outputs": [1]})
         assert not lost.done()  # nobody but that process reads it
         worker.kill()
     status, answer = lost.result()
     # Where the process was dead before it was asked, another one has answered.
-    assert status == 200 or (status, answer["error"][:49]) == (
+    assert status == 404 or (status, answer["error"][:49]) == (
         503,
         "the process that reads long JSON has ended; it ma",
     )
@@ -298,6 +299,30 @@ class _Body(io.BytesIO):
         return super().read(size)
 
 
+def json_processes() -> list[psutil.Process]:
+    """The processes of this one that read and write JSON."""
+    children = psutil.Process().children()
+    return [each for each in children if "model_server.json_workers" in each.cmdline()]
+
+
+def test_short_json_is_read_and_written_here_and_long_json_elsewhere() -> None:
+    with contextlib.closing(json_workers.JsonWorkers()) as workers:
+        with workers.for_body(iter([b'{"inputs": 1}'])) as call:
+            assert call("parse") == ""
+        outputs = {"y": np.zeros(100, np.float32)}
+        with workers.for_outputs(outputs) as call:
+            assert json.loads(call("format_columns", outputs)) == {"outputs": [0.0] * 100}
+        assert json_processes() == []
+    for long in (
+        lambda workers: workers.for_body(iter([long_body(50_000)])),
+        lambda workers: workers.for_outputs({"y": np.zeros(50_000)}),
+        lambda workers: workers.for_outputs({"y": np.array([b"a" * 500_000], object)}),
+    ):
+        with contextlib.closing(json_workers.JsonWorkers()) as workers, long(workers):
+            assert len(json_processes()) == 1
+        assert json_processes() == []
+
+
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
 def test_long_json_is_taken_in_pieces_and_forgotten(encoding: str) -> None:
     content = long_body(200_000)
@@ -307,8 +332,9 @@ def test_long_json_is_taken_in_pieces_and_forgotten(encoding: str) -> None:
     request.environ["wsgi.input_terminated"] = True  # as waitress says
     workers = json_workers.JsonWorkers()
     with contextlib.closing(workers):
-        pieces = rest_api.body_pieces(request)
-        with workers.for_body(pieces) as call:
+        pieces = [*rest_api.body_pieces(request)]
+        assert {len(piece) for piece in pieces[:-1]} == {json_workers.PIECE_BYTES}
+        with workers.for_body(iter(pieces)) as call:
             assert call("parse") == ""
             inputs, in_rows = call("inputs", {"x": types_pb2.DT_FLOAT})
         assert not in_rows
