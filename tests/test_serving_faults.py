@@ -270,10 +270,12 @@ def test_long_json_is_read_and_written_by_processes_that_come_and_go(
     with ThreadPoolExecutor(1) as pool:
         # Where there is no such model, nothing is left to do but to read the body.
         lost = pool.submit(ask, url.replace(client.model_name, "nobody"), long_body(50_000))
-        assert number(client.predict(x=ZERO)) == 1
-        assert ask(url, b'{"inputs": [0.5]}') == (200, {"outputs": [1]})
-        assert not lost.done()  # nobody but that process reads it
-        worker.kill()
+        try:
+            assert number(client.predict(x=ZERO)) == 1
+            assert ask(url, b'{"inputs": [0.5]}') == (200, {"outputs": [1]})
+            assert not lost.done()  # nobody but that process reads it
+        finally:
+            worker.kill()
     status, answer = lost.result()
     # Where the process was dead before it was asked, another one has answered.
     assert status == 404 or (status, answer["error"][:49]) == (
