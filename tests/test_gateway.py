@@ -84,7 +84,7 @@ class PictureHost(WebHost):
             case "hints":
                 self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
                 self.answer(200, PICTURE)
-            case "h%C3%BChe" | "h%FChe":
+            case "h%C3%BChe-utf8" | "h%FChe-latin1":
                 self.answer(200, PICTURE)
             case "picky" if "contact@a.example" in self.headers["User-Agent"]:
                 self.answer(200 if "image/" in self.headers.get("Accept", "") else 406, PICTURE)
@@ -102,9 +102,9 @@ class PictureHost(WebHost):
             case "redirect":
                 self.answer(302, b"", Location=f"/redirect/{int(argument) - 1}")
             case "elsewhere-utf8":
-                self.send_raw_location("/hühe".encode())
+                self.send_raw_location("/hühe-utf8".encode())
             case "elsewhere-latin1":
-                self.send_raw_location("/hühe".encode("latin-1"))
+                self.send_raw_location("/hühe-latin1".encode("latin-1"))
             case "elsewhere":
                 self.answer(301, b"", Location=unquote(argument))
             case "large":
