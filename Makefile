@@ -37,7 +37,7 @@ workbook: setup
 	@$(PY) -m workbook.run --only $(ONLY)
 
 test: setup
-	@$(PY) -m pytest -n 3 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # .pre-commit-config.yaml has the same commands.
 lint: setup

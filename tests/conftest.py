@@ -28,6 +28,17 @@ DESCRIPTION = ROOT / f"build/tests/model-{os.getpid()}.json"
 
 os.environ["MODEL_DESCRIPTION"] = str(describe_model(DESCRIPTION))
 
+# The files that take longest begin first, so that no worker is left alone with one at the end.
+LONGEST = [
+    *("containers", "gateway_faults", "commands", "website", "eks_account", "model", "rehearsal"),
+    *("compose", "eks_lesson", "own_model", "lessons_again", "model_server_lifecycle"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 def pytest_unconfigure() -> None:
     DESCRIPTION.unlink(missing_ok=True)
