@@ -230,6 +230,18 @@ def test_the_gateway_image_is_small_and_holds_no_more_than_it_needs(gateway_imag
     assert run("sh", "-c", "find /app -writable -not -user 10001").stdout == ""
 
 
+def test_the_model_servers_image_is_small_and_has_no_tensorflow(
+    embedded_image: str, model_server: str
+) -> None:
+    assert int(inspect(embedded_image, ".Size")) <= 300e6
+    run = ["docker", "run", "--rm", "--network=none", "--entrypoint=python3", embedded_image]
+    for module in ("tensorflow", "tensorflow_serving", "pip"):
+        done = subprocess.run([*run, "-c", f"import {module}"], capture_output=True, timeout=60)
+        assert b"No module named" in done.stderr
+    idle = re.search(r"VmRSS:\s+(\d+) kB", docker("exec", model_server, "cat", "/proc/1/status"))
+    assert idle and int(idle[1]) <= 200_000  # 120,000 were measured
+
+
 def test_the_images_say_what_they_are_and_whether_they_are_healthy(
     gateway_image: str, embedded_image: str, serving_image: str
 ) -> None:
@@ -360,7 +372,7 @@ def test_a_model_server_that_ran_out_of_memory_is_started_again(embedded_image: 
 def serving_image(build: Callable[..., str], embedded_image: str) -> str:
     """An image of model_server/Dockerfile, on top of a stand-in for TensorFlow Serving's."""
     server = "/usr/bin/tensorflow_model_server"
-    script = '#!/bin/sh\\nexec python -m model_server "$@"\\n'
+    script = '#!/bin/sh\\nexec python -m model_server --prefer_tflite_model "$@"\\n'
     lines = [
         f"FROM {embedded_image}",
         "USER 0",
