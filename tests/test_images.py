@@ -40,6 +40,15 @@ def test_both_model_servers_are_started_and_checked_alike() -> None:
     assert all("batching" in flag for flag in flags - ours)
 
 
+def test_both_images_begin_with_the_same_layer() -> None:
+    """It is stored and downloaded once, as long as the same lines make it."""
+    stages = [
+        re.findall(r"^FROM \S+ AS base\n.*?^COPY --from=base / /\n", text, re.MULTILINE | re.DOTALL)
+        for text in ((ROOT / file).read_text() for file in (GATEWAY, EMBEDDED))
+    ]
+    assert stages[0] == stages[1] and len(stages[0]) == 1
+
+
 def test_tensorflow_is_a_build_argument_away() -> None:
     (install,) = [run for run in instructions(EMBEDDED, "RUN") if "requirements --hash" in run]
     named = re.search(r'--categories "([\w-]+)\$\{(\w+):\+ ([\w-]+)\}"', install)
