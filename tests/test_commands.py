@@ -237,7 +237,8 @@ def test_the_locks_name_no_index_every_hash_and_packages_for_every_python(folder
     packages = [each for section in lock.keys() - {"_meta"} for each in lock[section].items()]
     assert [name for name, package in packages if "index" in package] == []
     assert [name for name, package in packages if not package.get("hashes")] == []
-    assert "tensorflow" not in lock["default"]
+    for section in {"default", "model-server"} & lock.keys():
+        assert "tensorflow" not in lock[section]
     for python in ("3.11.0", "3.12.0", "3.13.0"):  # the first release of each that README promises
         here = {"python_full_version": python, "python_version": python[:4]}
         skipped = [
@@ -270,7 +271,12 @@ MARKED = [
 
 
 @pytest.mark.parametrize(
-    "categories", [["packages"], ["model-server"], ["packages", "dev-packages"]], ids="-".join
+    "categories",
+    [
+        *(["packages"], ["packages", "dev-packages"]),
+        *(["model-server"], ["model-server", "model-server-tensorflow"]),
+    ],
+    ids="-".join,
 )
 def test_the_lock_has_all_that_its_packages_need_on_every_platform(categories: list[str]) -> None:
     """What `pip check` says of the environment here, of those for other machines and Pythons."""

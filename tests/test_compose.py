@@ -101,10 +101,11 @@ def test_what_the_shell_sets_reaches_gateway_and_builds(read_config: Callable[..
     assert env.items() <= read_config(**env)["services"]["gateway"]["environment"].items()
     unset = read_config()["services"]["gateway"]["environment"]
     assert [unset[name] for name in env] == [None] * 3
-    mirror = {"PIP_INDEX_URL": "http://mirror/simple", "PIP_TRUSTED_HOST": "mirror"}
-    services = read_config(**mirror)["services"]
-    for name in ("gateway", "model-server"):
-        assert services[name]["build"]["args"] == mirror | {"MODEL_NAME": "clothing-model"}
+    arguments = {"PIP_INDEX_URL": "http://mirror/simple", "PIP_TRUSTED_HOST": "mirror"}
+    services = read_config(**arguments, WITH_TENSORFLOW="1")["services"]
+    arguments["MODEL_NAME"] = "clothing-model"
+    for name, more in (("gateway", {}), ("model-server", {"WITH_TENSORFLOW": "1"})):
+        assert services[name]["build"]["args"] == arguments | more
 
 
 def test_one_variable_names_everything(read_config: Callable[..., dict]) -> None:

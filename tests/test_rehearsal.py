@@ -502,7 +502,9 @@ def test_commands_come_from_the_dockerfile(monkeypatch: pytest.MonkeyPatch) -> N
         'exec python -m model_server --model_name="clothing-model"'
     )
     assert image.paths["/models/clothing-model"] == str(ROOT / "build/clothing-model")
-    assert image.paths["/etc/serving/batching.config"] == str(ROOT / "model_server/batching.config")
+    config = image.paths["/etc/serving/monitoring.config"]
+    assert config == str(ROOT / "model_server/monitoring.config")
+    assert "--prefer_tflite_model=true" in image.command
     assert image.paths["/tmp"] == str(ROOT / "build")
     assert read_image("kube-config/ping/Dockerfile", "kube-config/ping").context == PING
 
