@@ -53,18 +53,14 @@ def start(
     return running, [seconds, memory]
 
 
-def say_versions_of_peers(report: Report) -> None:
-    """Say what FastAPI runs with; end with a sentence where it is not installed."""
-    if not gateway.PEERS_PYTHON.exists():
-        report.say("Left out", "FastAPI, since build/peers-venv is missing: make bench installs it")
-        return
+def versions_of_peers() -> str:
+    """Say what FastAPI runs with."""
     [packages] = gateway.PEERS_PYTHON.parent.parent.glob("lib/python*/site-packages")
     found = {each.name.lower(): each.version for each in distributions(path=[str(packages)])}
-    report.say("FastAPI's", ", ".join(f"{name} {found[name]}" for name in PACKAGES))
-    gateway.convert()
+    return ", ".join(f"{name} {found[name]}" for name in PACKAGES)
 
 
-def measure(report: Report, settings: Settings, folder: Path) -> None:
+def measure(report: Report, settings: Settings, model: Path, folder: Path) -> None:
     """Measure everything."""
     photos = {size: gateway.photo(size) for size in gateway.SIZES}
     for size, picture in photos.items():
@@ -77,24 +73,29 @@ def measure(report: Report, settings: Settings, folder: Path) -> None:
     )
     report.say("Pictures", "; ".join(sizes))
     with ExitStack() as stack:
-        commands = gateway.commands(str(folder))
+        commands = gateway.commands(model, folder)
         running, figures = start(commands, settings.rounds, stack)
         report.say("Answers", gateway.check_answers(commands))
-        for figure in gateway.measure(commands, running, photos, settings):
+        for figure in gateway.measure(model, commands, running, photos, settings):
             report.add(figure)
         for figure in gateway.where_time_goes(commands, photos, settings):
             report.add(figure)
         for engine, name in model_server.NAMES.items():
             for figure in model_server.against_calls(
-                engine, commands[name], running[name], gateway.MODEL / "1", settings
+                engine, commands[name], running[name], model / "1", settings
             ):
                 report.add(figure)
+        name, size = model_server.NAMES[model_server.TENSORFLOW], gateway.MIDDLE
+        for figure in model_server.ways(
+            commands[name], running[name], size, photos[size], settings
+        ):
+            report.add(figure)
         for figure in (*figures, gateway.memory(commands, running, settings)):
             report.add(figure)
         lite = commands[model_server.NAMES[model_server.LITE]]
         report.add(model_server.beside_long_bodies(lite, settings))
     for engine in model_server.NAMES:
-        report.add(model_server.memory(engine, gateway.MODEL, folder, settings))
+        report.add(model_server.memory(engine, model, folder, settings))
     report.judge(gateway.targets(report.figures))
 
 
@@ -104,18 +105,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="more of them, less noise")
     parser.add_argument("--requests", type=int, default=3000, help="for the look at the memory")
     parser.add_argument("--quick", action="store_true", help="try everything once, for an instant")
+    parser.add_argument("--model", type=Path, default=ROOT / "build/clothing-model")
     parser.add_argument("--report", type=Path, default=ROOT / "build/bench/report.html")
     arguments = parser.parse_args()
-    for file in (gateway.MODEL / "1/saved_model.pb", gateway.LITE_MODEL):
-        if not file.exists():
-            sys.exit(f"{file.relative_to(ROOT)} is missing: make workbook ONLY=01 exports it")
+    for name in ("saved_model.pb", "model.tflite"):
+        if not (arguments.model / "1" / name).exists():
+            sys.exit(f"{arguments.model}/1/{name} is missing: make workbook ONLY=01 exports it")
     settings = Settings(arguments.rounds, 1.0, arguments.requests, 10)
     if arguments.quick:
         settings = Settings(rounds=1, seconds=0.1, requests=20, reloads=1)
     report = Report(settings.rounds)
-    say_versions_of_peers(report)
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
-        measure(report, settings, Path(folder))
+    if gateway.PEERS_PYTHON.exists():
+        report.say("FastAPI's", versions_of_peers())
+        gateway.convert(arguments.model)
+    else:
+        report.say("Left out", "FastAPI, since build/peers-venv is missing: make bench installs it")
+    with tempfile.TemporaryDirectory() as folder:
+        measure(report, settings, arguments.model.resolve(), Path(folder))
     report.write(arguments.report)
 
 

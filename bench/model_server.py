@@ -10,10 +10,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
+import psutil
+from keras_image_helper import create_preprocessor
+from PIL import Image
 from tqdm import tqdm
 
 import tfserving
@@ -56,17 +61,18 @@ def command(engine: str, base_path: Path) -> Command:
     return Command(words, port, ready="", rest_port=rest_port)
 
 
-def predict_request(pixels: np.ndarray) -> tfserving.PredictRequest:
-    """Make a request for pictures, uint8 [number, height, width, 3]."""
+def predict_request(signature_name: str, **inputs: Any) -> tfserving.PredictRequest:
+    """Make a request that carries arrays, or files as they are."""
     pb_request = tfserving.PredictRequest()
     pb_request.model_spec.name = "clothing-model"
-    pb_request.model_spec.signature_name = "serving_uint8"
-    pb_request.inputs["pixels"].CopyFrom(tfserving.make_tensor_proto(pixels))
+    pb_request.model_spec.signature_name = signature_name
+    for name, values in inputs.items():
+        pb_request.inputs[name].CopyFrom(tfserving.make_tensor_proto(values))
     return pb_request
 
 
 PIXELS = np.random.default_rng(1).integers(0, 256, [1, 224, 224, 3], np.uint8)
-REQUEST = predict_request(PIXELS)
+REQUEST = predict_request("serving_uint8", pixels=PIXELS)
 
 
 def in_process(engine: str, version: Path) -> Call:
@@ -95,6 +101,43 @@ def against_calls(
             }
             title = f"Predict, {engine}, {said_of(clients)}"
             figure = Figure(CHAPTER, title, "/s" if clients > 1 else "ms", ours=ours)
+            yield compare(figure, turns, settings.rounds, settings.seconds)
+
+
+def ways(
+    started: Command, running: Server, size: str, picture: bytes, settings: Settings
+) -> Iterator[Figure]:
+    """Compare what a client can make of a picture for Predict, and send."""
+    preprocessor = create_preprocessor("xception", target_size=PIXELS.shape[1:3])
+
+    def image() -> Image.Image:
+        return Image.open(BytesIO(picture))
+
+    def as_floats() -> tfserving.PredictRequest:
+        return predict_request("serving_default", inputs=preprocessor.convert_to_tensor(image()))
+
+    def as_pixels() -> tfserving.PredictRequest:
+        resized = np.asarray(preprocessor.resize_image(image()))
+        return predict_request("serving_uint8", pixels=resized[np.newaxis])
+
+    def as_file() -> tfserving.PredictRequest:
+        return predict_request("serving_bytes", image_bytes=[picture])
+
+    tiers = {"client": [psutil.Process()], "server": running.family()}
+    with grpc.insecure_channel(started.address) as channel:
+        stub = tfserving.PredictionServiceStub(channel)
+
+        def send(make: Callable[[], tfserving.PredictRequest]) -> Call:
+            return lambda: stub.Predict(make())
+
+        calls = {
+            f"{name}, {make().ByteSize() / 1e3:.0f} kB": send(make)
+            for name, make in (("uint8", as_pixels), ("float32", as_floats), ("JPEG", as_file))
+        }
+        for clients in (CLIENTS, 1):
+            title = f"a picture of {size} sent as, {TENSORFLOW}, {said_of(clients)}"
+            figure = Figure(CHAPTER, title, "/s" if clients > 1 else "ms", ours=next(iter(calls)))
+            turns = {name: turn(call, clients, tiers) for name, call in calls.items()}
             yield compare(figure, turns, settings.rounds, settings.seconds)
 
 
@@ -159,7 +202,7 @@ def reload(channel: grpc.Channel, base_path: Path, version: int) -> None:
 def memory(engine: str, model: Path, folder: Path, settings: Settings) -> Figure:
     """Look at the memory of a server of its own, from its start to the last of many versions."""
     base_path = folder / engine
-    shutil.copytree(model / "1", base_path / "1", copy_function=os.link)
+    shutil.copytree(model / "1", base_path / "1")
     started = command(engine, base_path)
     title = f"memory of one, {engine}"
     figure = Figure(CHAPTER, title, "MiB")
