@@ -96,7 +96,7 @@ def measure(report: Report, settings: Settings, model: Path, folder: Path) -> No
         report.add(model_server.beside_long_bodies(lite, settings))
     for engine in model_server.NAMES:
         report.add(model_server.memory(engine, model, folder, settings))
-    report.judge(gateway.targets(report.figures))
+    report.judge(gateway.targets(report.figures, settings.clients))
 
 
 def main() -> None:
@@ -111,9 +111,9 @@ def main() -> None:
     for name in ("saved_model.pb", "model.tflite"):
         if not (arguments.model / "1" / name).exists():
             sys.exit(f"{arguments.model}/1/{name} is missing: make workbook ONLY=01 exports it")
-    settings = Settings(arguments.rounds, 1.0, arguments.requests, 10)
+    settings = Settings(arguments.rounds, arguments.requests)
     if arguments.quick:
-        settings = Settings(rounds=1, seconds=0.1, requests=20, reloads=1)
+        settings = Settings(1, 20, seconds=0.1, clients=2, most_clients=2, versions=(1,))
     report = Report(settings.rounds)
     if gateway.PEERS_PYTHON.exists():
         report.say("FastAPI's", versions_of_peers())

@@ -17,9 +17,7 @@ from PIL import Image
 from bench import model_server
 from bench.limit import Limit
 from bench.measure import (
-    CLIENTS,
     CORES,
-    MANY,
     ROOT,
     Call,
     Command,
@@ -66,7 +64,7 @@ PEERS = {
     INT8: {"GLIBC_TUNABLES": TUNABLES},
 }
 # What is asked of the gateway, for links on the same machine: how many times as good as whom.
-LEAST = [(FLOAT, CLIENTS, 1.3), (FLOAT, 1, 1.0), (INT8, CLIENTS, 0.9), (COURSE, CLIENTS, 3.0)]
+LEAST_BUSY, LEAST_ALONE = {FLOAT: 1.3, INT8: 0.9, COURSE: 3.0}, {FLOAT: 1.0}
 MOST_MS = 9
 
 
@@ -223,7 +221,7 @@ def measure(
                 calls = {
                     name: by_link(started[name], started[host], file_name(size)) for name in tiers
                 }
-                for clients in (CLIENTS, 1):
+                for clients in (settings.clients, 1):
                     each = limit.turn(picture, clients)
                     yield figure(links(size, host), calls, clients, each)
         calls = {
@@ -233,11 +231,11 @@ def measure(
             for name in tiers
             if name != COURSE
         }
-        for clients in (CLIENTS, 1):
+        for clients in (settings.clients, 1):
             yield figure(f"uploads, {SMALL}", calls, clients, limit.turn(photos[SMALL], clients))
     far = f"{file_name(SMALL)}?{FAR}"
     calls = {name: by_link(started[name], started[HOSTS[1]], far) for name in tiers}
-    yield figure(f"links, {SMALL}, a host {FAR} ms away", calls, CLIENTS)
+    yield figure(f"links, {SMALL}, a host {FAR} ms away", calls, settings.clients)
 
 
 def file_name(size: str) -> str:
@@ -266,25 +264,29 @@ def memory(
     started: Mapping[str, Command], running: Mapping[str, Server], settings: Settings
 ) -> Figure:
     """Look at the memory of each server while many clients send links."""
-    figure = Figure(MEMORY, f"most memory beside {MANY} clients with links, {MIDDLE}", "MiB")
+    figure = Figure(
+        MEMORY, f"most memory beside {settings.most_clients} clients with links, {MIDDLE}", "MiB"
+    )
     behind = {GATEWAY: [LITE_SERVER], COURSE: [TF_SERVER]}
     client.connect.cache_clear()
     for name in (each for each in (GATEWAY, COURSE, *PEERS) if each in running):
         call = by_link(started[name], started[HOSTS[0]], file_name(MIDDLE))
         servers = {each: running[each] for each in (name, *behind.get(name, []))}
-        work = partial(call_for, call, 2 * settings.seconds, MANY)
+        work = partial(call_for, call, 2 * settings.seconds, settings.most_clients)
         figure.results |= {each: [most] for each, most in most_memory(servers, work).items()}
     return figure
 
 
-def targets(figures: Mapping[str, Figure]) -> list[Target]:
+def targets(figures: Mapping[str, Figure], clients: int) -> list[Target]:
     """Say what was asked of the gateway and what it has reached, for each picture and host."""
     cells = [(size, host) for size in SIZES for host in HOSTS]
     found = []
-    for peer, clients, least in LEAST:
-        compared = {cell: figures[titled(links(*cell), clients)] for cell in cells}
+    wanted = [(clients, *each) for each in LEAST_BUSY.items()]
+    wanted += [(1, *each) for each in LEAST_ALONE.items()]
+    for number, peer, least in wanted:
+        compared = {cell: figures[titled(links(*cell), number)] for cell in cells}
         if all(peer in figure.results for figure in compared.values()):
-            target = Target(f"{said_of(clients)}: at least {least} × {peer}", {}, {}, least=least)
+            target = Target(f"{said_of(number)}: at least {least} × {peer}", {}, {}, least=least)
             for cell, figure in compared.items():
                 target.cells[cell] = median(figure.ratios(peer))
                 target.limits[cell] = median(figure.ratios(peer, ours=LIMIT))

@@ -24,8 +24,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = os.cpu_count() or 1
-CLIENTS = 16  # of a busy server
-MANY = 32  # while memory is looked at
 Call = Callable[[], Any]
 
 
@@ -54,14 +52,17 @@ class Figure:
         return [ours / other if self.unit == "/s" else other / ours for ours, other in pairs]
 
 
-@dataclass
-class Settings:
-    """How long to measure."""
+class Settings(NamedTuple):
+    """How much to measure."""
 
     rounds: int  # of turns, of which the median counts
-    seconds: float  # of one turn with many clients
     requests: int  # between two looks at a server's memory
-    reloads: int  # of the model, before another look
+    seconds: float = 1  # of one turn with many clients
+    clients: int = 16  # of a busy server
+    most_clients: int = 32  # while memory is looked at
+    # New versions of the model after which memory is looked at again: first when the allocator has
+    # all the space that it keeps for later.
+    versions: tuple[int, ...] = (4, 14)
 
 
 class Client(threading.local):

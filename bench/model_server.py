@@ -23,8 +23,6 @@ from tqdm import tqdm
 
 import tfserving
 from bench.measure import (
-    CLIENTS,
-    MANY,
     Call,
     Command,
     Figure,
@@ -46,7 +44,6 @@ LITE, TENSORFLOW = "LiteRT int8", "TensorFlow"
 NAMES = {engine: f"model server, {engine}" for engine in (LITE, TENSORFLOW)}
 FLAGS = {LITE: ["--prefer_tflite_model=true"], TENSORFLOW: []}
 CHAPTER = "The model server"
-WARM_UP = 4  # reloads until the memory allocator has all the space that it keeps for later
 LONG_BODY_BYTES = 20_000_000
 END = tfserving.ModelVersionStatus.END
 
@@ -94,7 +91,7 @@ def against_calls(
     with grpc.insecure_channel(started.address) as channel:
         stub = tfserving.PredictionServiceStub(channel)
         direct = in_process(engine, version)
-        for clients in (CLIENTS, 1):
+        for clients in (settings.clients, 1):
             turns = {
                 ours: turn(lambda: stub.Predict(REQUEST), clients, {"server": running.family()}),
                 f"{engine}, called in process": turn(direct, clients),
@@ -134,7 +131,7 @@ def ways(
             f"{name}, {make().ByteSize() / 1e3:.0f} kB": send(make)
             for name, make in (("uint8", as_pixels), ("float32", as_floats), ("JPEG", as_file))
         }
-        for clients in (CLIENTS, 1):
+        for clients in (settings.clients, 1):
             title = f"a picture of {size} sent as, {TENSORFLOW}, {said_of(clients)}"
             figure = Figure(CHAPTER, title, "/s" if clients > 1 else "ms", ours=next(iter(calls)))
             turns = {name: turn(call, clients, tiers) for name, call in calls.items()}
@@ -211,15 +208,17 @@ def memory(engine: str, model: Path, folder: Path, settings: Settings) -> Figure
         channel = stack.enter_context(grpc.insecure_channel(started.address))
         stub = tfserving.PredictionServiceStub(channel)
         figure.results["idle"] = [running.memory()]
-        call = partial(call_for, lambda: stub.Predict(REQUEST), settings.seconds, MANY)
+        call = partial(
+            call_for, lambda: stub.Predict(REQUEST), settings.seconds, settings.most_clients
+        )
         [most] = most_memory({engine: running}, call).values()
-        figure.results[f"most beside {MANY} clients"] = [most]
+        figure.results[f"most beside {settings.most_clients} clients"] = [most]
         for _ in tqdm(range(settings.requests), f"{title}, requests", leave=False):
             stub.Predict(REQUEST)
         figure.results[f"after {settings.requests:,} requests more"] = [running.memory()]
-        last = 1 + WARM_UP + settings.reloads
-        for version in tqdm(range(2, last + 1), f"{title}, versions", leave=False):
-            reload(channel, base_path, version)
-            if version in (1 + WARM_UP, last):
-                figure.results[f"after {version - 1} new versions"] = [running.memory()]
+        news = range(1, settings.versions[-1] + 1)
+        for number in tqdm(news, f"{title}, versions", leave=False):
+            reload(channel, base_path, 1 + number)
+            if number in settings.versions:
+                figure.results[f"after new versions: {number}"] = [running.memory()]
     return figure
