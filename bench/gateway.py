@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 import urllib3
 from PIL import Image
+from tqdm import tqdm
 
 from bench import model_server
 from bench.limit import Limit
@@ -96,6 +97,11 @@ def by_upload(to: Command, path: str, picture: bytes) -> Call:
     return by_post(f"http://{to.address}/{path}", *urllib3.encode_multipart_formdata(fields))
 
 
+def upload_path(name: str) -> str:
+    """Return where a server takes uploads."""
+    return "predict" if name == GATEWAY else "upload"
+
+
 def commands(model: Path, folder: Path) -> dict[str, Command]:
     """Return how each server is started, the gateway and its model server as the README says."""
     gunicorn = [str(Path(sys.executable).with_name("gunicorn")), "--bind"]
@@ -160,8 +166,8 @@ def check_answers(started: Mapping[str, Command]) -> str:
         client.connect.cache_clear()  # the course's first answer takes seconds
         calls = {name: by_link(started[name], started[HOSTS[0]], sample.name) for name in names}
         for name in set(names) - {COURSE}:
-            path = "predict" if name == GATEWAY else "upload"
-            calls[f"{name}, upload"] = by_upload(started[name], path, sample.read_bytes())
+            file = sample.read_bytes()
+            calls[f"{name}, upload"] = by_upload(started[name], upload_path(name), file)
         answers = {name: call()["predictions"] for name, call in calls.items()}
         for name, answer in answers.items():
             like = GATEWAY if name.startswith((GATEWAY, INT8)) else COURSE
@@ -213,7 +219,7 @@ def measure(
         empty = Figure(
             CHAPTER, titled(what, clients), "/s" if many else "ms", GATEWAY, LIMIT if limit else ""
         )
-        return compare(empty, turns, settings.rounds, settings.seconds * (1 if many else 0.5))
+        return compare(empty, turns, settings)
 
     with Limit(str(model / "1/model.tflite")) as limit:
         for size, picture in photos.items():
@@ -225,9 +231,7 @@ def measure(
                     each = limit.turn(picture, clients)
                     yield figure(links(size, host), calls, clients, each)
         calls = {
-            name: by_upload(
-                started[name], "predict" if name == GATEWAY else "upload", photos[SMALL]
-            )
+            name: by_upload(started[name], upload_path(name), photos[SMALL])
             for name in tiers
             if name != COURSE
         }
@@ -243,21 +247,25 @@ def file_name(size: str) -> str:
     return size.replace(" ", "") + ".jpg"
 
 
+def time_of_parts(call: Call, seconds: float) -> dict[str, float]:
+    """Return the milliseconds of each part of a lone call, as the gateway's answers tell them."""
+    told: list[dict[str, float]] = []
+    whole = turn(lambda: told.append(call()["seconds"]), 1)(seconds).value
+    parts = {part: median(each[part] * 1e3 for each in told) for part in told[0]}
+    return parts | {"HTTP, forms, JSON, log": whole - sum(parts.values())}
+
+
 def where_time_goes(
     started: Mapping[str, Command], photos: Mapping[str, bytes], settings: Settings
 ) -> Iterator[Figure]:
-    """Show the parts of the time that a lone link takes, as the gateway's answer tells them."""
+    """Show the parts of the time that a lone link takes, for each size."""
     for size in photos:
+        figure = Figure(CHAPTER, f"where a lone link's time goes, {size}", "ms")
         call = by_link(started[GATEWAY], started[HOSTS[0]], file_name(size))
-        parts: dict[str, list[float]] = {}
-        for _ in range(settings.rounds):
-            told: list[dict[str, float]] = []
-            reading = turn(lambda: told.append(call()["seconds"]), 1)(settings.seconds / 2)  # noqa: B023
-            middle = {part: median(each[part] * 1e3 for each in told) for part in told[0]}
-            middle["HTTP, forms, JSON, log"] = reading.value - sum(middle.values())
-            for part, value in middle.items():
-                parts.setdefault(part, []).append(value)
-        yield Figure(CHAPTER, f"where a lone link's time goes, {size}", "ms", results=parts)
+        for _ in tqdm(range(settings.rounds), figure.title, leave=False):
+            for part, value in time_of_parts(call, settings.seconds / 2).items():
+                figure.results.setdefault(part, []).append(value)
+        yield figure
 
 
 def memory(

@@ -225,15 +225,16 @@ def turn(
 
 
 def compare(
-    figure: Figure, turns: Mapping[str, Callable[[float], Reading]], rounds: int, seconds: float
+    figure: Figure, turns: Mapping[str, Callable[[float], Reading]], settings: Settings
 ) -> Figure:
     """Fill a figure by turns, so that whatever else the machine does hits all of them."""
     client.connect.cache_clear()  # the servers have closed connections that were idle
-    if rounds > 1:  # a single one only tries whether everything runs
+    seconds = settings.seconds * (1 if figure.unit == "/s" else 0.5)
+    if settings.rounds > 1:  # a single one only tries whether everything runs
         for measure in turns.values():
             measure(seconds / 4)
     readings: dict[str, list[Reading]] = {name: [] for name in turns}
-    for _ in tqdm(range(rounds), figure.title, leave=False):
+    for _ in tqdm(range(settings.rounds), figure.title, leave=False):
         for name, measure in turns.items():
             readings[name].append(measure(seconds))
     for name, each in readings.items():

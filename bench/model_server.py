@@ -98,7 +98,7 @@ def against_calls(
             }
             title = f"Predict, {engine}, {said_of(clients)}"
             figure = Figure(CHAPTER, title, "/s" if clients > 1 else "ms", ours=ours)
-            yield compare(figure, turns, settings.rounds, settings.seconds)
+            yield compare(figure, turns, settings)
 
 
 def ways(
@@ -135,7 +135,7 @@ def ways(
             title = f"a picture of {size} sent as, {TENSORFLOW}, {said_of(clients)}"
             figure = Figure(CHAPTER, title, "/s" if clients > 1 else "ms", ours=next(iter(calls)))
             turns = {name: turn(call, clients, tiers) for name, call in calls.items()}
-            yield compare(figure, turns, settings.rounds, settings.seconds)
+            yield compare(figure, turns, settings)
 
 
 def beside_long_bodies(started: Command, settings: Settings) -> Figure:
@@ -175,8 +175,7 @@ def beside_long_bodies(started: Command, settings: Settings) -> Figure:
                 "alone": lambda _: worst(lambda count: count >= 100),
                 f"beside {LONG_BODY_BYTES // 10**6} MB of JSON": beside,
             },
-            settings.rounds,
-            settings.seconds,
+            settings,
         )
 
 
