@@ -134,10 +134,10 @@ class Report:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         columns = [figure.unit, "least – most"]
-        columns += [f"{figure.ours} ÷ this"] if figure.ours else []
+        columns += ["÷ this"] if figure.ours else []
         columns += [f"{tier}, CPU ms" for tier in tiers(figure)]
         for column in columns:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=column == "least – most")
         for row in rows(figure):
             ratio = [row.ratio] if figure.ours else []
             table.add_row(row.name, row.value, row.spread, *ratio, *row.cpu_ms)

@@ -1,6 +1,6 @@
 """One process in place of two tiers: FastAPI, and the model in ONNX Runtime or LiteRT beside it.
 
-MODEL=build/clothing-model.onnx uvicorn bench.peers.fastapi_app:app
+ONNX_THREADS=0 MODEL=build/clothing-model.onnx uvicorn bench.peers.fastapi_app:app
 """
 
 import os

@@ -19,6 +19,10 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Can be as slow as a host that is far away."""
 
+    # Or the body of a small picture would wait for the other side to confirm the headers, 40 ms
+    # where connections are kept; hosts on the Internet have it set.
+    disable_nagle_algorithm = True
+
     def do_GET(self):
         """Answer after as many milliseconds as the query says: /photo.jpg?50."""
         time.sleep(int(urlsplit(self.path).query or 0) / 1000)
