@@ -19,8 +19,8 @@ help:
 	@echo "  make lab        open the notebooks in JupyterLab"
 	@echo "  make serve      run the model server and the gateway until Ctrl-C"
 	@echo "                  (with another model: make serve MODEL=build/leaf-model)"
-	@echo "  make bench      measure the model server and the gateway, in about nine minutes"
-	@echo "                  (measure the memory over more requests: make bench REQUESTS=20000)"
+	@echo "  make bench      measure the gateway and the model server, in about twelve minutes, and"
+	@echo "                  write build/bench/report.html (more: make bench ARGS=\"--rounds 9\")"
 	@echo "  make lock       write the newest versions into Pipfile.lock"
 	@echo "  make clean      remove everything that these commands have made"
 	@echo
@@ -55,8 +55,7 @@ serve: setup
 
 bench: setup
 	@workbook/setup.sh peers
-	@$(PY) -m bench.model_server $(if $(REQUESTS),--requests $(REQUESTS))
-	@$(PY) -m bench.gateway
+	@$(PY) -m bench $(ARGS)
 
 lock: tools
 	@.tools/bin/python workbook/lock.py
