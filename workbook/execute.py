@@ -200,7 +200,8 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Outcome
         with chatter_to(folder / "kernels.log") as output:
 
             def look_after(cell: nbformat.NotebookNode, **_: object) -> None:
-                print(json.dumps({"cell": cell.id}), file=output, flush=True)
+                if cell.id in ids:  # and not the one that papermill adds
+                    print(json.dumps({"cell": cell.id}), file=output, flush=True)
                 if cell.id == ids[-1]:
                     outcome.error = left_behind(notebook.name[:2], ports.values())
 
