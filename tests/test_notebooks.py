@@ -116,6 +116,13 @@ def test_cells_are_small_and_explained(path: Path) -> None:
 
 
 @every_notebook
+def test_tables_have_no_line_that_falls_out(path: Path) -> None:
+    for cell in read(path).cells:
+        rows = [line for line in cell.source.splitlines() if line.endswith(" |")]
+        assert cell.cell_type == "code" or all(row.startswith("| ") for row in rows), rows
+
+
+@every_notebook
 def test_is_committed_with_the_outputs_of_one_clean_run(path: Path) -> None:
     node = read(path)
     nbformat.validate(node)
