@@ -19,8 +19,8 @@ help:
 	@echo "  make lab        open the notebooks in JupyterLab"
 	@echo "  make serve      run the model server and the gateway until Ctrl-C"
 	@echo "                  (with another model: make serve MODEL=build/leaf-model)"
-	@echo "  make bench      measure the model server and the gateway, in about nine minutes"
-	@echo "                  (measure the memory over more requests: make bench REQUESTS=20000)"
+	@echo "  make bench      measure the gateway and the model server, in about twelve minutes, and"
+	@echo "                  write build/bench/report.html (more: make bench ARGS=\"--rounds 9\")"
 	@echo "  make load       send pictures to a gateway for 30 seconds, with 8 clients, and print how"
 	@echo "                  it did: make load HOST=http://localhost:9696 (with Locust's own page at"
 	@echo "                  a port: PAGE=8089; see bench/locustfile.py for the rest)"
@@ -40,7 +40,7 @@ workbook: setup
 	@$(PY) -m workbook.run --only $(ONLY)
 
 test: setup
-	@$(PY) -m pytest -n 3 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # .pre-commit-config.yaml has the same commands.
 lint: setup
@@ -58,8 +58,7 @@ serve: setup
 
 bench: setup
 	@workbook/setup.sh peers
-	@$(PY) -m bench.model_server $(if $(REQUESTS),--requests $(REQUESTS))
-	@$(PY) -m bench.gateway
+	@$(PY) -m bench $(ARGS)
 
 # Locust ends with 1 when a request has failed; the table says so, and the command has done its work.
 load: setup

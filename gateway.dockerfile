@@ -30,15 +30,22 @@ RUN /pipenv/bin/pipenv requirements --hash > requirements.txt \
         --no-deps --require-hashes --requirement requirements.txt \
     && /pipenv/bin/pip --python .venv/bin/python check
 
-FROM ${PYTHON_IMAGE}
+# What serves strangers has no use for manuals, translations, and a program that installs software.
+FROM ${PYTHON_IMAGE} AS base
+RUN rm -rf /usr/share/locale /usr/share/man \
+    && python -c "import pip, shutil; shutil.rmtree(pip.__path__[0])"
+
+# What one layer removes is still in those below it, so this image has none of them.
+FROM scratch
+# hadolint ignore=DL3067
+COPY --from=base / /
 LABEL org.opencontainers.image.title="gateway" \
       org.opencontainers.image.description="Pictures in over HTTP, class probabilities out" \
       org.opencontainers.image.licenses="MIT"
-# What serves strangers has no use for a program that installs software.
-RUN python -c "import pip, shutil; shutil.rmtree(pip.__path__[0])"
 # Large uploads pass through a file. /dev/shm can be written to even where the root is read-only.
 # Where Linux has large pages, pixels are quicker in them; gunicorn.conf.py sets the rest of malloc.
-ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TMPDIR=/dev/shm \
+ENV PATH=/app/.venv/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TMPDIR=/dev/shm \
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 WORKDIR /app
 COPY --from=packages /app/.venv .venv

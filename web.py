@@ -67,7 +67,7 @@ HEADERS = {
 }
 
 blueprint = Blueprint("web", __name__)
-limiter = Limiter(get_remote_address, enabled=bool(RATE_LIMIT), storage_uri="memory://")
+limiter = Limiter(get_remote_address, storage_uri="memory://")
 stopping = threading.Event()  # set when the process has been asked to end
 request_slots = threading.BoundedSemaphore(MAX_IN_FLIGHT)
 batch_slots = threading.BoundedSemaphore(MAX_BATCHES)
@@ -150,13 +150,18 @@ def answer_rpc_error(error: grpc.RpcError) -> Response:
 # --- Around every request ------------------------------------------------------------------------
 
 
+def is_upload() -> bool:
+    """Say whether the body says that it is a form in parts, or a picture itself."""
+    return request.mimetype.startswith(("multipart/form-data", *PICTURE_TYPES))
+
+
 @blueprint.before_app_request
 def begin() -> None:
     """Give the request an id, its caller's if that is a plain one, and start its clock."""
     given = request.headers.get("X-Request-ID", "")
     g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
     g.start, g.seconds, g.cause = time.perf_counter(), {}, None
-    if not request.mimetype.startswith(("multipart/form-data", *PICTURE_TYPES)):
+    if not is_upload():
         request.max_content_length = JSON_MAX_BYTES
 
 
@@ -185,7 +190,13 @@ def finish(response: Response) -> Response:
     return response
 
 
-@limiter.shared_limit(lambda: RATE_LIMIT, "pictures")
+def limit_rate(function: Callable) -> Callable:
+    """Count calls against RATE_LIMIT; without one, nothing is asked of the limiter at all."""
+    limit = limiter.shared_limit(lambda: RATE_LIMIT, "pictures")
+    return limit(function) if RATE_LIMIT else function
+
+
+@limit_rate
 def check_caller(given: bytes) -> None:
     """Raise Problem (401) unless this is the key, if there is one; 429 if it comes too often."""
     if GATEWAY_API_KEY and not hmac.compare_digest(given, f"Bearer {GATEWAY_API_KEY}".encode()):
@@ -385,6 +396,8 @@ def malformed(body: Any = None) -> Problem:
 
 def find_upload() -> FileStorage | None:
     """Return the file of a form, whatever its field's name; raise Problem (400) for several."""
+    if not is_upload():
+        return None
     files = request.files.getlist("file") or [*request.files.values()]
     if len(files) > 1:
         came = f"The form has {len(files)} files, and one at a time can be answered."
@@ -398,7 +411,7 @@ def read_body() -> dict:
     A body in chunks tells its length only as it is read. One that is longer than allowed looks
     like one that ends early, so JSON is read to its end, where the 413 shows.
     """
-    if request.mimetype.startswith(("multipart/form-data", *PICTURE_TYPES)):
+    if is_upload():
         return request.form.to_dict()
     try:
         body = request.get_json(force=True)  # curl calls it a form
@@ -446,6 +459,7 @@ def create_app(model: Description | None = None, model_name: str = "") -> Flask:
     app.request_class = Request
     app.config["MAX_CONTENT_LENGTH"] = FORM_MAX_BYTES
     app.json.sort_keys = False  # type: ignore[attr-defined]  # classes stay in the model's order
-    limiter.init_app(app)
+    if RATE_LIMIT:
+        limiter.init_app(app)
     app.register_blueprint(blueprint)
     return app

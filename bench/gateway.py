@@ -1,230 +1,147 @@
-"""Measures the gateway against a direct call, the course's gateway, and FastAPI with ONNX Runtime.
+"""Measures the gateway against the course's way, and against FastAPI with the model in process."""
 
-    make bench                    after the model server's measurements, about five minutes
-
-All numbers come from one run, in turns, so what counts are the ratios. ``bench/README.md`` says
-what was learnt from them; ``bench/peers/`` holds the others.
-"""
-
-import argparse
-import contextlib
-import functools
-import http.client
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from statistics import median
 
-import grpc
 import numpy as np
-import psutil
 import urllib3
-from keras_image_helper import create_preprocessor
 from PIL import Image
 from tqdm import tqdm
 
-import tfserving
-from bench.measure import CLIENTS, count_calls, free_port
+from bench import model_server
+from bench.limit import Limit
+from bench.measure import (
+    CORES,
+    ROOT,
+    Call,
+    Command,
+    Figure,
+    Server,
+    Settings,
+    call_for,
+    client,
+    compare,
+    free_port,
+    most_memory,
+    said_of,
+    turn,
+)
+from bench.report import Target
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "build/clothing-model"
 ONNX_MODEL = ROOT / "build/clothing-model.onnx"
 SAMPLES = sorted((ROOT / "notebooks/samples").glob("*.png"))
+PEERS_PYTHON = ROOT / "build/peers-venv/bin/python"
+CHAPTER, MEMORY = "The gateway", "Memory and start-up"
+# Pictures by what they are: width, height, and JPEG's quality.
+SIZES = {
+    "30 kB": (400, 533, 85),  # a photo of a shop's, as the model was trained with
+    "150 kB": (900, 1200, 85),
+    "3 MB": (3024, 4032, 92),  # as a phone takes it
+}
+SMALL, MIDDLE = "30 kB", "150 kB"
+HOSTS = ("HTTP/1.0", "HTTP/1.1")  # one that closes connections, and one that keeps them
 FAR = 50  # milliseconds to a host that is not on this machine
-COURSE, FASTAPI = "course", "FastAPI, ONNX Runtime"
-TUNED = f"{FASTAPI}, tuned"
+
+LITE_SERVER, TF_SERVER = model_server.NAMES.values()
+GATEWAY, COURSE = "gateway, int8", "the course's way"
+FLOAT, TUNED = "FastAPI + ONNX Runtime", "FastAPI + ONNX Runtime, tuned"
+INT8 = "FastAPI + the same int8 model"
+LIMIT = f"decoding and int8 alone, {CORES} processes"
+HTTP_TIER, MODEL_TIER = "HTTP tier", "model tier"
 # What gunicorn.conf.py sets for the gateway.
 MALLOC = {"arena_max": 1, "mmap_threshold": 8 << 20, "trim_threshold": 32 << 20}
 TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items())
-# How many threads an operation gets (0 is how it comes), and the gateway's malloc settings.
-SETTINGS = {
-    FASTAPI: {"ONNX_THREADS": "0"},
+# The gateway's malloc settings, and how many threads an operation gets; 0 is how it comes.
+PEERS = {
+    FLOAT: {"ONNX_THREADS": "0"},
     TUNED: {"ONNX_THREADS": "1", "GLIBC_TUNABLES": TUNABLES},
+    INT8: {"GLIBC_TUNABLES": TUNABLES},
 }
-DIRECT, DIRECT_BYTES = "Predict of the prepared floats", "Predict of the prepared bytes"
-LEAST = {COURSE: 3, FASTAPI: 1}  # times as many pictures a second as these
-
-Call = Callable[[], Any]
-Tiers = tuple[list[psutil.Process], list[psutil.Process]]
-preprocessor = create_preprocessor("xception", target_size=(224, 224))
+# What is asked of the gateway, for links on the same machine: how many times as good as whom.
+LEAST_BUSY, LEAST_ALONE = {FLOAT: 1.3, INT8: 0.9, COURSE: 3.0}, {FLOAT: 1.0}
+MOST_MS = 9
 
 
-class Client(threading.local):
-    """One kept connection to each server for each thread.
-
-    Plain `http.client`, since whatever a lone client takes counts as the gateway's time: urllib3
-    takes a millisecond more.
-    """
-
-    def __init__(self):
-        self.connect = functools.cache(http.client.HTTPConnection)
-
-    def ask(self, method: str, url: str, body: bytes | None = None, **headers: str) -> bytes:
-        """Return the body of the answer, which must be 200."""
-        _, address, path, query, _ = urlsplit(url)
-        connection = self.connect(address)
-        connection.request(method, f"{path}?{query}", body, headers)
-        response = connection.getresponse()
-        answer = response.read()
-        if response.status != 200:
-            sys.exit(f"{url} answered {response.status}: {answer.decode(errors='replace')}")
-        return answer
-
-
-client = Client()
-
-
-@contextlib.contextmanager
-def server(port: int, command: list[str], folder: Path, env: dict) -> Iterator[psutil.Process]:
-    """Run a server until the block ends; hand out its process once it takes connections."""
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **env}, stdout=log, stderr=log
-        )
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
-                    break
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    sys.exit(f"{' '.join(command)} did not start:\n{log.read().decode()}")
-                time.sleep(0.1)
-            yield psutil.Process(process.pid)
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def photo(sample: Path) -> bytes:
+def photo(size: str) -> bytes:
     """Return a drawing at the size of a photo, with a photo's grain, as a JPEG file."""
-    drawing = np.asarray(Image.open(sample).convert("RGB").resize((900, 1200)))
+    width, height, quality = SIZES[size]
+    drawing = np.asarray(Image.open(SAMPLES[0]).convert("RGB").resize((width, height)))
     grainy = drawing + np.random.default_rng(1).normal(0, 6, drawing.shape)
     file = BytesIO()
-    Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+    Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
-def floats(picture: bytes) -> np.ndarray:
-    """Decode, resize and scale: [1, 224, 224, 3], float32."""
-    return preprocessor.convert_to_tensor(Image.open(BytesIO(picture)))
-
-
-def pixels(picture: bytes) -> np.ndarray:
-    """Decode and resize: [1, 224, 224, 3], uint8."""
-    return np.array(preprocessor.resize_image(Image.open(BytesIO(picture))))[np.newaxis]
-
-
-def predict_request(signature_name: str, **inputs: np.ndarray) -> tfserving.PredictRequest:
-    """Make a request that carries an array."""
-    pb_request = tfserving.PredictRequest()
-    pb_request.model_spec.name = "clothing-model"
-    pb_request.model_spec.signature_name = signature_name
-    for name, array in inputs.items():
-        pb_request.inputs[name].CopyFrom(tfserving.make_tensor_proto(array))
-    return pb_request
-
-
-def bytes_request(picture: bytes) -> tfserving.PredictRequest:
-    """Make a request that carries the file as it is."""
-    pb_request = predict_request("serving_bytes")
-    tensor = pb_request.inputs["image_bytes"]
-    tensor.dtype = tfserving.messages_pb2.DT_STRING
-    tensor.tensor_shape.dim.add(size=1)
-    tensor.string_val.append(picture)
-    return pb_request
-
-
 def by_post(url: str, body: bytes, content_type: str) -> Call:
-    """Return a call that posts what is prepared here, once, as the direct call's request is."""
+    """Return a call that posts what is prepared here, once."""
     headers = {"Content-Type": content_type}
     return lambda: json.loads(client.ask("POST", url, body, **headers))
 
 
-def by_link(url: str, link: str) -> Call:
-    """Return a call that posts a link."""
-    return by_post(url, f'{{"url": "{link}"}}'.encode(), "application/json")
+def by_link(to: Command, host: Command, name: str) -> Call:
+    """Return a call that posts a link to a picture."""
+    body = json.dumps({"url": f"http://{host.address}/{name}"}).encode()
+    return by_post(f"http://{to.address}/predict", body, "application/json")
 
 
-def by_upload(url: str, picture: bytes) -> Call:
+def by_upload(to: Command, path: str, picture: bytes) -> Call:
     """Return a call that posts a form with a file."""
     fields = {"file": ("photo.jpg", picture, "image/jpeg")}
-    return by_post(url, *urllib3.encode_multipart_formdata(fields))
+    return by_post(f"http://{to.address}/{path}", *urllib3.encode_multipart_formdata(fields))
 
 
-def latency(call: Call, tiers: Tiers) -> list[float]:
-    """Return the milliseconds of one call: taken in turns, each finds the caches as cold."""
-    begin = time.perf_counter()
-    call()
-    return [(time.perf_counter() - begin) * 1e3]
+def upload_path(name: str) -> str:
+    """Return where a server takes uploads."""
+    return "predict" if name == GATEWAY else "upload"
 
 
-def family(process: psutil.Process) -> list[psutil.Process]:
-    """Return a server's process and those that it has started."""
-    return [process, *process.children(recursive=True)]
+def commands(model: Path, folder: Path) -> dict[str, Command]:
+    """Return how each server is started, the gateway and its model server as the README says."""
+    gunicorn = [str(Path(sys.executable).with_name("gunicorn")), "--bind"]
+    found = {
+        LITE_SERVER: model_server.command(model_server.LITE, model),
+        TF_SERVER: model_server.command(model_server.TENSORFLOW, model),
+    }
+
+    def serving(name: str) -> dict[str, str]:
+        return {"TF_SERVING_HOST": found[name].address, "ALLOWED_IMAGE_HOSTS": "127.0.0.1"}
+
+    port = free_port()
+    words = [*gunicorn, f"127.0.0.1:{port}", "gateway:app"]
+    about = {"MODEL_DESCRIPTION": str(model / "1/assets.extra/model.json")}
+    found[GATEWAY] = Command(words, port, "/readyz", serving(LITE_SERVER) | about)
+    port = free_port()
+    # In another folder, since gunicorn.conf.py is for the gateway.
+    words = [*gunicorn, f"127.0.0.1:{port}", "--no-control-socket", "course:app"]
+    found[COURSE] = Command(words, port, "/", serving(TF_SERVER), ROOT / "bench/peers")
+    if PEERS_PYTHON.exists():
+        uvicorn = [str(PEERS_PYTHON), "-m", "uvicorn", "bench.peers.fastapi_app:app", "--port"]
+        for name, env in PEERS.items():
+            port, file = free_port(), model / "1/model.tflite" if name == INT8 else ONNX_MODEL
+            words = [*uvicorn, str(port)]
+            found[name] = Command(words, port, "/docs", env | {"MODEL": str(file)})
+    for name in HOSTS:
+        port = free_port()
+        words = [sys.executable, "bench/peers/pictures.py", str(folder), str(port), name]
+        found[name] = Command(words, port, "/")
+    return found
 
 
-def cpu_seconds(processes: list[psutil.Process]) -> float:
-    """Return what these processes have used of the processors since they started."""
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
-
-
-def throughput(call: Call, tiers: Tiers) -> list[float]:
-    """Return the calls a second of 16 clients, and the CPU milliseconds a call in each tier."""
-    before = [cpu_seconds(tier) for tier in tiers]
-    count, seconds = count_calls(call)
-    used = [cpu_seconds(tier) - b for tier, b in zip(tiers, before, strict=True)]
-    return [count / seconds, *(each * 1e3 / count for each in used)]
-
-
-def compare(
-    title: str,
-    measure: Callable[[Call, Tiers], list[float]],
-    calls: dict[str, tuple[Call, Tiers]],
-    rounds: int = 6,
-) -> dict[str, list[float]]:
-    """Measure the calls in turns, so that whatever else the machine does hits all of them."""
-    results: dict[str, list[list[float]]] = {name: [] for name in calls}
-    client.connect.cache_clear()  # the servers have closed connections that were idle
-    for each in calls.values():
-        measure(*each)
-    for _ in tqdm(range(rounds), title, leave=False):
-        for name, each in calls.items():
-            results[name].append(measure(*each))
-    return {name: np.median(values, axis=0).tolist() for name, values in results.items()}
-
-
-def show(title: str, columns: list[str], results: dict[str, list[float]]) -> None:
-    """Print results, and the first column as a ratio to the first row too."""
-    first = next(iter(results.values()))[0]
-    print(f"\n{title:<36}" + "".join(f"{column:>14}" for column in [*columns, "ratio"]))
-    for name, values in results.items():
-        cells = "".join(f"{value:14.1f}" for value in values)
-        print(f"  {name:<34}{cells}{values[0] / first:14.2f}")
-
-
-def target(sentence: str, value: float, reached: bool) -> None:
-    """Print a ratio that has a target, and whether this run reached it."""
-    print(f"  {sentence}: {value:.2f} ({'reached' if reached else 'NOT reached'} in this run)")
-
-
-def convert(peers_python: Path) -> None:
+def convert(model: Path) -> None:
     """Make the ONNX model of the same weights, unless the one that is there is newer."""
-    saved = MODEL / "1/saved_model.pb"
+    saved = model / "1/saved_model.pb"
     if ONNX_MODEL.exists() and ONNX_MODEL.stat().st_mtime > saved.stat().st_mtime:
         return
+    print("converting the model to ONNX, half a minute …", flush=True)
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = subprocess.run([peers_python, "-c", where], stdout=subprocess.PIPE, check=True)
+    packages = subprocess.run([PEERS_PYTHON, "-c", where], stdout=subprocess.PIPE, check=True)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "tf2onnx.convert", "--saved-model", str(saved.parent)),
@@ -238,178 +155,154 @@ def convert(peers_python: Path) -> None:
         sys.exit(f"The model could not be converted to ONNX:\n{done.stdout.decode()}")
 
 
-def check_answers(url: dict[str, str]) -> None:
-    """End with a sentence unless all give the gateway's probabilities for every sample."""
-    largest = 0.0
+def check_answers(started: Mapping[str, Command]) -> str:
+    """Say by how much the answers differ; end with a sentence where they must not.
+
+    Those with the same weights must give the same probabilities, and all of them the same class.
+    """
+    names = [name for name in (GATEWAY, COURSE, *PEERS) if name in started]
+    largest = {GATEWAY: 0.0, COURSE: 0.0}
     for sample in SAMPLES:
         client.connect.cache_clear()  # the course's first answer takes seconds
-        link, file = f"{url['pictures']}/{sample.name}", sample.read_bytes()
-        expected = by_link(f"{url['gateway']}/predict", link)()["predictions"]
-        others = {
-            "gateway, upload": by_upload(f"{url['gateway']}/predict", file),
-            COURSE: by_link(f"{url[COURSE]}/predict", link),
-        }
-        for name in SETTINGS:
-            others[name] = by_link(f"{url[name]}/predict", link)
-            others[f"{name}, upload"] = by_upload(f"{url[name]}/upload", file)
-        for name, call in others.items():
-            answer = call()["predictions"]
+        calls = {name: by_link(started[name], started[HOSTS[0]], sample.name) for name in names}
+        for name in set(names) - {COURSE}:
+            file = sample.read_bytes()
+            calls[f"{name}, upload"] = by_upload(started[name], upload_path(name), file)
+        answers = {name: call()["predictions"] for name, call in calls.items()}
+        for name, answer in answers.items():
+            like = GATEWAY if name.startswith((GATEWAY, INT8)) else COURSE
+            expected = answers[like]
             difference = max(abs(answer[label] - expected[label]) for label in expected)
-            if answer.keys() != expected.keys() or difference > 1e-4:
-                sys.exit(f"{name} and gateway, link differ by {difference:.1e} for {sample.name}.")
-            largest = max(largest, difference)
-    print(f"All give the same probabilities for {len(SAMPLES)} samples: within {largest:.0e}")
+            tops = {max(each, key=each.__getitem__) for each in (answer, answers[GATEWAY])}
+            if difference > 1e-4 or len(tops) > 1:
+                sys.exit(f"{name} and {like} differ by {difference:.1e} for {sample.name}.")
+            largest[like] = max(largest[like], difference)
+    return (
+        f"All name the same class for {len(SAMPLES)} samples; with the int8 model, probabilities "
+        f"agree within {largest[GATEWAY]:.0e}, with floats within {largest[COURSE]:.0e}."
+    )
 
 
-def measure_latency(gateway: str, link: str, picture: bytes, stub: Any, rounds: int) -> None:
-    """Print what the gateway adds to a direct call, for one client."""
-    as_floats = predict_request("serving_default", inputs=floats(picture))
-    as_bytes = predict_request("serving_uint8", pixels=pixels(picture))
-    nobody: Tiers = ([], [])
-    calls = {
-        DIRECT: (lambda: stub.Predict(as_floats), nobody),
-        DIRECT_BYTES: (lambda: stub.Predict(as_bytes), nobody),
-        "gateway, upload": (by_upload(gateway, picture), nobody),
-        "gateway, link": (by_link(gateway, link), nobody),
-        "decode, resize and scale, here": (lambda: floats(picture), nobody),
-        "fetch, here": (lambda: client.ask("GET", link), nobody),
+def titled(what: str, clients: int) -> str:
+    """Return a figure's title."""
+    return f"{what}, {said_of(clients)}"
+
+
+def links(size: str, host: str) -> str:
+    """Say what is behind links, and where."""
+    return f"links, {size}, {host} host"
+
+
+def measure(
+    model: Path,
+    started: Mapping[str, Command],
+    running: Mapping[str, Server],
+    photos: Mapping[str, bytes],
+    settings: Settings,
+) -> Iterator[Figure]:
+    """Compare all ways to classify a picture, for each size, host and number of clients."""
+    tiers = {
+        name: {HTTP_TIER: running[name].family()}
+        for name in (GATEWAY, COURSE, *PEERS)
+        if name in running
     }
-    results = compare("latency", latency, calls, 20 * rounds)
-    show("One picture at a time", ["ms"], results)
-    direct, direct_bytes, upload, by_url, decode, fetch = (v[0] for v in results.values())
-    allowed = {"decode + 2 ms": decode + 2, "fetch + decode + 2 ms": fetch + decode + 2}
-    for way, total, (sentence, most) in zip(
-        ("an upload", "a link"), (upload, by_url), allowed.items(), strict=True
-    ):
-        share = (total - direct) / most
-        target(f"overhead of {way} / ({sentence}), at most 1", share, share <= 1)
-        share = (total - direct_bytes) / most
-        print(f"    and over Predict of the bytes that the gateway sends: {share:.2f}")
+    tiers[GATEWAY][MODEL_TIER] = running[LITE_SERVER].family()
+    tiers[COURSE][MODEL_TIER] = running[TF_SERVER].family()
 
+    def figure(
+        what: str, calls: Mapping[str, Call], clients: int, limit: Callable | None = None
+    ) -> Figure:
+        turns = {name: turn(call, clients, tiers[name]) for name, call in calls.items()}
+        if limit:
+            turns[LIMIT] = limit
+        many = clients > 1
+        empty = Figure(
+            CHAPTER, titled(what, clients), "/s" if many else "ms", GATEWAY, LIMIT if limit else ""
+        )
+        return compare(empty, turns, settings)
 
-def measure_throughput(title: str, calls: dict[str, tuple[Call, Tiers]], rounds: int) -> None:
-    """Print what 16 clients get done, and how much more than the others that is."""
-    results = compare(title, throughput, calls, rounds)
-    for values in results.values():
-        values.append(values[0] * sum(values[1:]) / 1e3)
-    columns = ["/s", "HTTP CPU ms", "model CPU ms", f"of {os.cpu_count()} cores"]
-    show(f"{CLIENTS} clients, {title}", columns, results)
-    rate, *used, cores = results["gateway"]
-    for name in (COURSE, FASTAPI, TUNED):
-        if name in results:
-            share, cpu = rate / results[name][0], sum(used) / sum(results[name][1:-1])
-            if name in LEAST:
-                sentence = f"gateway / {name}, at least {LEAST[name]}"
-                target(sentence, share, share >= LEAST[name])
-            else:
-                print(f"  gateway / {name}: {share:.2f}")
-            print(f"    and CPU time a picture: {cpu:.2f}")
-            if name == COURSE:  # which makes use of one core, however many there are
-                most = share * (os.cpu_count() or 1) / cores
-                print(f"    with all cores for the gateway and its model server: {most:.2f}")
-
-
-def measure_ways(picture: bytes, stub: Any, model_tier: list[psutil.Process], rounds: int) -> None:
-    """Print what each way to send a picture costs this process, the wire and the model server."""
-    make: dict[str, Callable[[], tfserving.PredictRequest]] = {
-        "float32": lambda: predict_request("serving_default", inputs=floats(picture)),
-        "uint8": lambda: predict_request("serving_uint8", pixels=pixels(picture)),
-        "the JPEG as it is": lambda: bytes_request(picture),
-    }
-    tiers: Tiers = ([psutil.Process()], model_tier)
-
-    def sends(prepare: Callable[[], tfserving.PredictRequest]) -> Call:
-        return lambda: stub.Predict(prepare())
-
-    calls = {name: (sends(prepare), tiers) for name, prepare in make.items()}
-    show("Ways to send it, one client", ["ms"], compare("ways", latency, calls, 20 * rounds))
-    results = compare("ways", throughput, calls, rounds)
-    for name, prepare in make.items():
-        sizes = prepare().ByteSize(), stub.Predict(prepare()).ByteSize()
-        results[name].append(sum(sizes) / 1e3)
-    columns = ["/s", "client CPU ms", "model CPU ms", "kB"]
-    show(f"Ways to send it, {CLIENTS} clients", columns, results)
-
-
-def start_all(
-    stack: contextlib.ExitStack, url: dict[str, str], folder: str, peers_python: Path
-) -> dict[str, psutil.Process]:
-    """Start the model server, the picture host, the gateway and its peers, until the stack ends."""
-    address = {name: each.removeprefix("http://") for name, each in url.items()}
-    port = {name: each.rpartition(":")[2] for name, each in address.items()}
-    gunicorn = [sys.executable, "-m", "gunicorn", "--no-control-socket", "--bind"]
-    peers = ROOT / "bench/peers"
-    serving = {"TF_SERVING_HOST": address["model server"], "ALLOWED_IMAGE_HOSTS": "127.0.0.1"}
-    onnx = {"ONNX_MODEL": str(ONNX_MODEL)}
-    model = ["--model_name=clothing-model", f"--model_base_path={MODEL}"]
-    model_server = [sys.executable, "-m", "model_server", f"--port={port['model server']}", *model]
-    host = [sys.executable, "pictures.py", folder, port["pictures"]]
-    uvicorn = [str(peers_python.absolute()), "-m", "uvicorn", "fastapi_onnx:app", "--port"]
-    commands: dict[str, tuple[list[str], Path, dict[str, str]]] = {
-        "pictures": (host, peers, {}),
-        "model server": (model_server, ROOT, {}),
-        "gateway": ([*gunicorn, address["gateway"], "gateway:app"], ROOT, serving),
-        COURSE: ([*gunicorn, address[COURSE], "course:app"], peers, serving),
-    }
-    for name, settings in SETTINGS.items():
-        commands[name] = ([*uvicorn, port[name]], peers, onnx | settings)
-    return {
-        name: stack.enter_context(server(int(port[name]), *command))
-        for name, command in commands.items()
-    }
-
-
-def main() -> None:
-    """Run all measurements and print them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers-python", type=Path, default=ROOT / "build/peers-venv/bin/python")
-    parser.add_argument("--rounds", type=int, default=6, help="more of them, less noise")
-    arguments = parser.parse_args()
-    if not (MODEL / "1").exists():
-        sys.exit(f"{MODEL}/1 is missing: make workbook ONLY=01 exports the model")
-    if not arguments.peers_python.exists():
-        sys.exit(f"{arguments.peers_python} is missing: make bench installs it")
-    convert(arguments.peers_python)
-
-    rounds, picture = arguments.rounds, photo(SAMPLES[0])
-    names = ("pictures", "model server", "gateway", COURSE, FASTAPI, TUNED)
-    url = {name: f"http://127.0.0.1:{free_port()}" for name in names}
-    link = f"{url['pictures']}/photo.jpg"
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        Path(folder, "photo.jpg").write_bytes(picture)
-        for sample in SAMPLES:
-            shutil.copy(sample, folder)
-        processes = start_all(stack, url, folder, arguments.peers_python)
-        target = url["model server"].removeprefix("http://")
-        channel = stack.enter_context(grpc.insecure_channel(target))
-        grpc.channel_ready_future(channel).result(60)
-        stub = tfserving.PredictionServiceStub(channel)
-
-        check_answers(url)
-        print(f"The picture: a JPEG of 900 × 1200 pixels, {len(picture) / 1e3:.0f} kB")
-        measure_latency(f"{url['gateway']}/predict", link, picture, stub, rounds)
-
-        model_tier = family(processes["model server"])
-        tiers: dict[str, Tiers] = {
-            "gateway": (family(processes["gateway"]), model_tier),
-            COURSE: (family(processes[COURSE]), model_tier),
-        }
-        tiers |= {name: (family(processes[name]), []) for name in SETTINGS}
-        for title, file in (("links", link), (f"links, host {FAR} ms away", f"{link}?{FAR}")):
-            calls = {
-                name: (by_link(f"{url[name]}/predict", file), tier) for name, tier in tiers.items()
-            }
-            measure_throughput(title, calls, rounds)
-        prepared = predict_request("serving_default", inputs=floats(picture))
+    with Limit(str(model / "1/model.tflite")) as limit:
+        for size, picture in photos.items():
+            for host in HOSTS:
+                calls = {
+                    name: by_link(started[name], started[host], file_name(size)) for name in tiers
+                }
+                for clients in (settings.clients, 1):
+                    each = limit.turn(picture, clients)
+                    yield figure(links(size, host), calls, clients, each)
         calls = {
-            "gateway": (by_upload(f"{url['gateway']}/predict", picture), tiers["gateway"]),
-            **{name: (by_upload(f"{url[name]}/upload", picture), tiers[name]) for name in SETTINGS},
-            DIRECT: (lambda: stub.Predict(prepared), ([psutil.Process()], model_tier)),
+            name: by_upload(started[name], upload_path(name), photos[SMALL])
+            for name in tiers
+            if name != COURSE
         }
-        measure_throughput("uploads", calls, rounds)
-        measure_ways(picture, stub, model_tier, rounds)
+        for clients in (settings.clients, 1):
+            yield figure(f"uploads, {SMALL}", calls, clients, limit.turn(photos[SMALL], clients))
+    far = f"{file_name(SMALL)}?{FAR}"
+    calls = {name: by_link(started[name], started[HOSTS[1]], far) for name in tiers}
+    yield figure(f"links, {SMALL}, a host {FAR} ms away", calls, settings.clients)
 
 
-if __name__ == "__main__":
-    main()
+def file_name(size: str) -> str:
+    """Return the name of a picture at its host."""
+    return size.replace(" ", "") + ".jpg"
+
+
+def time_of_parts(call: Call, seconds: float) -> dict[str, float]:
+    """Return the milliseconds of each part of a lone call, as the gateway's answers tell them."""
+    told: list[dict[str, float]] = []
+    whole = turn(lambda: told.append(call()["seconds"]), 1)(seconds).value
+    parts = {part: median(each[part] * 1e3 for each in told) for part in told[0]}
+    return parts | {"HTTP, forms, JSON, log": whole - sum(parts.values())}
+
+
+def where_time_goes(
+    started: Mapping[str, Command], photos: Mapping[str, bytes], settings: Settings
+) -> Iterator[Figure]:
+    """Show the parts of the time that a lone link takes, for each size."""
+    for size in photos:
+        figure = Figure(CHAPTER, f"where a lone link's time goes, {size}", "ms")
+        call = by_link(started[GATEWAY], started[HOSTS[0]], file_name(size))
+        for _ in tqdm(range(settings.rounds), figure.title, leave=False):
+            for part, value in time_of_parts(call, settings.seconds / 2).items():
+                figure.results.setdefault(part, []).append(value)
+        yield figure
+
+
+def memory(
+    started: Mapping[str, Command], running: Mapping[str, Server], settings: Settings
+) -> Figure:
+    """Look at the memory of each server while many clients send links."""
+    figure = Figure(
+        MEMORY, f"most memory beside {settings.most_clients} clients with links, {MIDDLE}", "MiB"
+    )
+    behind = {GATEWAY: [LITE_SERVER], COURSE: [TF_SERVER]}
+    client.connect.cache_clear()
+    for name in (each for each in (GATEWAY, COURSE, *PEERS) if each in running):
+        call = by_link(started[name], started[HOSTS[0]], file_name(MIDDLE))
+        servers = {each: running[each] for each in (name, *behind.get(name, []))}
+        work = partial(call_for, call, 2 * settings.seconds, settings.most_clients)
+        figure.results |= {each: [most] for each, most in most_memory(servers, work).items()}
+    return figure
+
+
+def targets(figures: Mapping[str, Figure], clients: int) -> list[Target]:
+    """Say what was asked of the gateway and what it has reached, for each picture and host."""
+    cells = [(size, host) for size in SIZES for host in HOSTS]
+    found = []
+    wanted = [(clients, *each) for each in LEAST_BUSY.items()]
+    wanted += [(1, *each) for each in LEAST_ALONE.items()]
+    for number, peer, least in wanted:
+        compared = {cell: figures[titled(links(*cell), number)] for cell in cells}
+        if all(peer in figure.results for figure in compared.values()):
+            target = Target(f"{said_of(number)}: at least {least} × {peer}", {}, {}, least=least)
+            for cell, figure in compared.items():
+                target.cells[cell] = median(figure.ratios(peer))
+                target.limits[cell] = median(figure.ratios(peer, ours=LIMIT))
+            found.append(target)
+    target = Target(
+        f"one client: a picture end to end in at most {MOST_MS} ms", {}, {}, most=MOST_MS
+    )
+    for cell in cells:
+        results = figures[titled(links(*cell), 1)].results
+        target.cells[cell], target.limits[cell] = median(results[GATEWAY]), median(results[LIMIT])
+    return [*found, target]

@@ -1,134 +1,151 @@
-"""Measures the embedded model server against the same model called in this process.
+"""Measures the embedded model server against the same model called in this process."""
 
-    make bench                    about two minutes
-    make bench REQUESTS=20000     a longer look at its memory
-
-All numbers come from one run, side by side: what counts are the ratios, the signature of the loaded
-SavedModel called in this process being 1. ``bench/README.md`` says what was learnt from them.
-"""
-
-import argparse
-import contextlib
 import os
 import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import grpc
 import numpy as np
 import psutil
-import tensorflow as tf
-from tensorflow_serving.apis import (
-    get_model_status_pb2,
-    model_service_pb2_grpc,
-    predict_pb2,
-    prediction_service_pb2_grpc,
-)
+from keras_image_helper import create_preprocessor
+from PIL import Image
 from tqdm import tqdm
 
-from bench.measure import CLIENTS, count_calls, free_port
+import tfserving
+from bench.measure import (
+    Call,
+    Command,
+    Figure,
+    Reading,
+    Server,
+    Settings,
+    call_for,
+    compare,
+    free_port,
+    most_memory,
+    said_of,
+    server,
+    turn,
+)
+from bench.peers.lite import Lite
+from model_server.saved_model import import_tensorflow
 
-MODEL = Path("build/clothing-model")
-BATCHING = """
-max_batch_size { value: 8 }  batch_timeout_micros { value: 2000 }  num_batch_threads { value: 2 }
-allowed_batch_sizes: [1, 2, 4, 8]  max_enqueued_batches { value: 100 }
-"""
-RELOADS = 20
-WARM_UP = 4  # reloads until the memory allocator has all the space that it keeps for later
-
-
-LONG_BODIES = 5
+LITE, TENSORFLOW = "LiteRT int8", "TensorFlow"
+NAMES = {engine: f"model server, {engine}" for engine in (LITE, TENSORFLOW)}
+FLAGS = {LITE: ["--prefer_tflite_model=true"], TENSORFLOW: []}
+CHAPTER = "The model server"
 LONG_BODY_BYTES = 20_000_000
+END = tfserving.ModelVersionStatus.END
 
 
-@contextlib.contextmanager
-def model_server(base_path: Path, *flags: str) -> Iterator[tuple[Any, Any, psutil.Process]]:
-    """Start ``python -m model_server``; hand out both services' stubs and the process."""
-    port = free_port()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "model_server"),
-            *(f"--port={port}", "--model_name=clothing-model"),
-            *(f"--model_base_path={base_path}", "--grpc_max_threads=64", *flags),
-        ],
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        options = [("grpc.max_send_message_length", -1)]
-        with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
-            grpc.channel_ready_future(channel).result(60)
-            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-            status_stub = model_service_pb2_grpc.ModelServiceStub(channel)
-            yield stub, status_stub, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait()
+def command(engine: str, base_path: Path) -> Command:
+    """Return how the README starts the model server."""
+    port, rest_port = free_port(), free_port()
+    words = [
+        *(sys.executable, "-m", "model_server", f"--port={port}", f"--rest_api_port={rest_port}"),
+        *("--model_name=clothing-model", f"--model_base_path={base_path}", *FLAGS[engine]),
+    ]
+    return Command(words, port, ready="", rest_port=rest_port)
 
 
-def predict_request(image: np.ndarray) -> Any:
-    """Make a request for one picture of shape [1, 224, 224, 3]."""
-    pb_request = predict_pb2.PredictRequest()
+def predict_request(signature_name: str, **inputs: Any) -> tfserving.PredictRequest:
+    """Make a request that carries arrays, or files as they are."""
+    pb_request = tfserving.PredictRequest()
     pb_request.model_spec.name = "clothing-model"
-    pb_request.inputs["inputs"].CopyFrom(tf.make_tensor_proto(image))
+    pb_request.model_spec.signature_name = signature_name
+    for name, values in inputs.items():
+        pb_request.inputs[name].CopyFrom(tfserving.make_tensor_proto(values))
     return pb_request
 
 
-def milliseconds(call: Callable[[], Any], count: int = 20) -> list[float]:
-    """Time each of some calls made one after the other."""
-    times = []
-    for _ in range(count):
-        begin = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return times
+PIXELS = np.random.default_rng(1).integers(0, 256, [1, 224, 224, 3], np.uint8)
+REQUEST = predict_request("serving_uint8", pixels=PIXELS)
 
 
-def per_second(call: Callable[[], Any]) -> float:
-    """Return the calls a second of 16 clients."""
-    count, seconds = count_calls(call)
-    return count / seconds
+def in_process(engine: str, version: Path) -> Call:
+    """Load a version of the model here, and return a call of it."""
+    if engine == LITE:
+        lite = Lite(str(version / "model.tflite"))
+        return lambda: lite(PIXELS)
+    tf = import_tensorflow()
+    model = tf.saved_model.load(str(version))
+    constant = tf.constant(PIXELS)
+    return lambda: model.signatures["serving_uint8"](pixels=constant)["probabilities"].numpy()
 
 
-def compare(
-    title: str, measure: Callable[[Callable], Any], calls: dict[str, Callable], rounds: int = 6
-) -> dict[str, float]:
-    """Measure the calls in turns, so that whatever else the machine does hits all of them."""
-    results: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        measure(call)
-    for _ in tqdm(range(rounds), title, leave=False):
-        for name, call in calls.items():
-            results[name] += np.atleast_1d(measure(call)).tolist()
-    return {name: statistics.median(values) for name, values in results.items()}
+def against_calls(
+    engine: str, started: Command, running: Server, version: Path, settings: Settings
+) -> Iterator[Figure]:
+    """Compare Predict with a call of the same model in this process."""
+    ours = NAMES[engine]
+    with grpc.insecure_channel(started.address) as channel:
+        stub = tfserving.PredictionServiceStub(channel)
+        direct = in_process(engine, version)
+        for clients in (settings.clients, 1):
+            turns = {
+                ours: turn(lambda: stub.Predict(REQUEST), clients, {"server": running.family()}),
+                f"{engine}, called in process": turn(direct, clients),
+            }
+            title = f"Predict, {engine}, {said_of(clients)}"
+            figure = Figure(CHAPTER, title, "/s" if clients > 1 else "ms", ours=ours)
+            yield compare(figure, turns, settings)
 
 
-def show(title: str, unit: str, results: dict[str, float]) -> None:
-    """Print results, and each as a ratio to the first."""
-    first = next(iter(results.values()))
-    print(f"\n{title}")
-    for name, value in results.items():
-        print(f"  {name:<42}{value:9.1f} {unit}{value / first:8.2f}")
+def ways(
+    started: Command, running: Server, size: str, picture: bytes, settings: Settings
+) -> Iterator[Figure]:
+    """Compare what a client can make of a picture for Predict, and send."""
+    preprocessor = create_preprocessor("xception", target_size=PIXELS.shape[1:3])
+
+    def image() -> Image.Image:
+        return Image.open(BytesIO(picture))
+
+    def as_floats() -> tfserving.PredictRequest:
+        return predict_request("serving_default", inputs=preprocessor.convert_to_tensor(image()))
+
+    def as_pixels() -> tfserving.PredictRequest:
+        resized = np.asarray(preprocessor.resize_image(image()))
+        return predict_request("serving_uint8", pixels=resized[np.newaxis])
+
+    def as_file() -> tfserving.PredictRequest:
+        return predict_request("serving_bytes", image_bytes=[picture])
+
+    tiers = {"client": [psutil.Process()], "server": running.family()}
+    with grpc.insecure_channel(started.address) as channel:
+        stub = tfserving.PredictionServiceStub(channel)
+
+        def send(make: Callable[[], tfserving.PredictRequest]) -> Call:
+            return lambda: stub.Predict(make())
+
+        calls = {
+            f"{name}, {make().ByteSize() / 1e3:.0f} kB": send(make)
+            for name, make in (("uint8", as_pixels), ("float32", as_floats), ("JPEG", as_file))
+        }
+        for clients in (settings.clients, 1):
+            title = f"a picture of {size} sent as, {TENSORFLOW}, {said_of(clients)}"
+            figure = Figure(CHAPTER, title, "/s" if clients > 1 else "ms", ours=next(iter(calls)))
+            turns = {name: turn(call, clients, tiers) for name, call in calls.items()}
+            yield compare(figure, turns, settings)
 
 
-def worst_waits(call: Callable[[], Any], rest_port: int) -> dict[str, float]:
-    """Time the slowest of many calls: alone, and while another client posts long JSON.
+def beside_long_bodies(started: Command, settings: Settings) -> Figure:
+    """Time the slowest of many Predicts: alone, and while another client posts long JSON.
 
     The posted numbers are no pictures, so that they are read and then refused, and the model does
     not run on them.
     """
-    url = f"http://127.0.0.1:{rest_port}/v1/models/clothing-model:predict"
-    numbers = b"-0.123456789, " * (LONG_BODY_BYTES // 14)
-    body = b'{"instances": [%s0.5]}' % numbers
+    url = f"http://127.0.0.1:{started.rest_port}/v1/models/clothing-model:predict"
+    body = b'{"instances": [%s0.5]}' % (b"-0.123456789, " * (LONG_BODY_BYTES // 14))
 
     def post() -> None:
         try:
@@ -136,111 +153,71 @@ def worst_waits(call: Callable[[], Any], rest_port: int) -> dict[str, float]:
         except urllib.error.HTTPError as error:
             error.close()
 
-    post()  # the process that reads has started now
-    alone = max(milliseconds(call, 100))
-    with ThreadPoolExecutor(1) as pool:
-        posts = [pool.submit(post) for _ in range(LONG_BODIES)]
-        beside = 0.0
-        while not posts[-1].done():
-            beside = max(beside, milliseconds(call, 1)[0])
-    return {"alone": alone, f"beside {LONG_BODY_BYTES // 10**6} MB of JSON": beside}
+    with grpc.insecure_channel(started.address) as channel, ThreadPoolExecutor(1) as pool:
+        stub = tfserving.PredictionServiceStub(channel)
+
+        def worst(is_over: Callable[[int], bool]) -> Reading:
+            slowest, count = 0.0, 0
+            while not is_over(count):
+                begin = time.perf_counter()
+                stub.Predict(REQUEST)
+                slowest, count = max(slowest, time.perf_counter() - begin), count + 1
+            return Reading(slowest * 1e3)
+
+        def beside(_: float) -> Reading:
+            posted = pool.submit(post)
+            return worst(lambda _: posted.done())
+
+        title = f"the slowest Predict of a lone client, {LITE}"
+        return compare(
+            Figure(CHAPTER, title, "ms", ours="alone"),
+            {
+                "alone": lambda _: worst(lambda count: count >= 100),
+                f"beside {LONG_BODY_BYTES // 10**6} MB of JSON": beside,
+            },
+            settings,
+        )
 
 
-def wrong_answers(stub: Any, images: list[np.ndarray], expected: np.ndarray) -> tuple[int, int]:
-    """Let 64 clients ask right and wrong things; count the answers, and those that are wrong."""
-
-    def ask(number: int) -> bool:
-        index = number % len(images)
-        if number % 4 == 3:
-            try:
-                stub.Predict(predict_request(images[index][:, :100]))
-            except grpc.RpcError as error:
-                return error.code() == grpc.StatusCode.INVALID_ARGUMENT
-            return False
-        answer = tf.make_ndarray(stub.Predict(requests[index]).outputs["probabilities"])
-        return bool(np.allclose(answer, expected[index], atol=1e-4))
-
-    requests = [predict_request(image) for image in images]
-    count = 64 * 32
-    with ThreadPoolExecutor(64) as pool:
-        right = list(tqdm(pool.map(ask, range(count)), "64 clients", count, leave=False))
-    return count, right.count(False)
-
-
-def reload(stub: Any, status_stub: Any, base_path: Path, request: Any, version: int) -> None:
+def reload(channel: grpc.Channel, base_path: Path, version: int) -> None:
     """Add a version, and ask until it answers and the one before it has gone."""
-    new = base_path / f"next-{version}"
-    shutil.copytree(MODEL / "1", new, copy_function=os.link)
+    stub, status = tfserving.PredictionServiceStub(channel), tfserving.ModelServiceStub(channel)
+    old, new = base_path / str(version - 1), base_path / f"next-{version}"
+    shutil.copytree(old, new, copy_function=os.link)
     new.rename(base_path / str(version))
-    while stub.Predict(request).model_spec.version.value != version:
+    while stub.Predict(REQUEST).model_spec.version.value != version:
         time.sleep(0.01)
-    of_old = get_model_status_pb2.GetModelStatusRequest()
+    of_old = tfserving.GetModelStatusRequest()
     of_old.model_spec.name = "clothing-model"
     of_old.model_spec.version.value = version - 1
-    end = get_model_status_pb2.ModelVersionStatus.END
-    while status_stub.GetModelStatus(of_old).model_version_status[0].state != end:
+    while status.GetModelStatus(of_old).model_version_status[0].state != END:
         time.sleep(0.01)
-    shutil.rmtree(base_path / str(version - 1))
+    shutil.rmtree(old)
 
 
-def main() -> None:
-    """Run all measurements and print them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=3000, help="for the look at the memory")
-    requests = parser.parse_args().requests
-    if not (MODEL / "1").exists():
-        sys.exit(f"{MODEL}/1 is missing: make workbook ONLY=01 exports the model")
-
-    images = list(np.random.default_rng(1).uniform(-1, 1, [16, 1, 224, 224, 3]).astype(np.float32))
-    request = predict_request(images[0])
-    model = tf.saved_model.load(str(MODEL / "1"))
-    signature = model.signatures["serving_default"]
-    one, sixteen = tf.constant(images[0]), tf.constant(np.concatenate(images))
-    expected = np.stack([signature(inputs=image)["probabilities"].numpy() for image in images])
-
-    with tempfile.TemporaryDirectory() as folder:
-        base_path = Path(folder) / "model"
-        shutil.copytree(MODEL / "1", base_path / "1", copy_function=os.link)
-        parameters = Path(folder) / "batching.txt"
-        parameters.write_text(BATCHING)
-        rest_port = free_port()
-        batching = ("--enable_batching", f"--batching_parameters_file={parameters}")
-        with (
-            model_server(base_path, f"--rest_api_port={rest_port}") as (stub, status_stub, process),
-            model_server(base_path, *batching) as (batched, _, _),
-        ):
-            calls = {
-                "signature in this process": lambda: signature(inputs=one)["probabilities"].numpy(),
-                "model server, gRPC": lambda: stub.Predict(request),
-            }
-            show("Latency, one client", "ms", compare("latency", milliseconds, calls))
-            calls["model server, gRPC, batching"] = lambda: batched.Predict(request)
-            results = compare("throughput", per_second, calls)
-            merged = milliseconds(lambda: signature(inputs=sixteen)["probabilities"].numpy(), 5)
-            results["signature in this process, 16 in a call"] = 16e3 / statistics.median(merged)
-            show(f"Throughput, {CLIENTS} clients", "/s", results)
-
-            waits = worst_waits(lambda: stub.Predict(request), rest_port)
-            show("Worst wait for a Predict", "ms", waits)
-
-            print("\nRight and wrong requests, 64 clients")
-            for name, each in (("batching off", stub), ("batching on", batched)):
-                count, wrong = wrong_answers(each, images, expected)
-                print(f"  {name:<42}{count:9} answers, {wrong} wrong")
-
-            moments = ("before", "after")
-            memory = [process.memory_info().rss / 2**20]
-            for _ in tqdm(range(requests), "requests", leave=False):
-                stub.Predict(request)
-            memory.append(process.memory_info().rss / 2**20)
-            show(f"Memory, {requests} requests", "MiB", dict(zip(moments, memory, strict=True)))
-            memory = []
-            for version in tqdm(range(2, WARM_UP + RELOADS + 2), "reloads", leave=False):
-                reload(stub, status_stub, base_path, request, version)
-                memory.append(process.memory_info().rss / 2**20)
-            memory = [memory[WARM_UP - 1], memory[-1]]
-            show(f"Memory, {RELOADS} reloads", "MiB", dict(zip(moments, memory, strict=True)))
-
-
-if __name__ == "__main__":
-    main()
+def memory(engine: str, model: Path, folder: Path, settings: Settings) -> Figure:
+    """Look at the memory of a server of its own, from its start to the last of many versions."""
+    base_path = folder / engine
+    shutil.copytree(model / "1", base_path / "1")
+    started = command(engine, base_path)
+    title = f"memory of one, {engine}"
+    figure = Figure(CHAPTER, title, "MiB")
+    with ExitStack() as stack:
+        running = stack.enter_context(server(started))
+        channel = stack.enter_context(grpc.insecure_channel(started.address))
+        stub = tfserving.PredictionServiceStub(channel)
+        figure.results["idle"] = [running.memory()]
+        call = partial(
+            call_for, lambda: stub.Predict(REQUEST), settings.seconds, settings.most_clients
+        )
+        [most] = most_memory({engine: running}, call).values()
+        figure.results[f"most beside {settings.most_clients} clients"] = [most]
+        for _ in tqdm(range(settings.requests), f"{title}, requests", leave=False):
+            stub.Predict(REQUEST)
+        figure.results[f"after {settings.requests:,} requests more"] = [running.memory()]
+        news = range(1, settings.versions[-1] + 1)
+        for number in tqdm(news, f"{title}, versions", leave=False):
+            reload(channel, base_path, 1 + number)
+            if number in settings.versions:
+                figure.results[f"after new versions: {number}"] = [running.memory()]
+    return figure

@@ -15,7 +15,8 @@ Flags, status codes, messages and JSON shapes are those of ``tensorflow_model_se
   shutdown that lets requests end.
 
 ``--prefer_tflite_model`` serves a version's ``model.tflite`` by LiteRT, if there is one. TensorFlow
-is imported only when a SavedModel must be loaded, so such a server is ready in half a second.
+is imported only when a SavedModel must be loaded, so such a server is ready in half a second. Where
+it is not installed, versions without a ``model.tflite`` fail to load, and say what they need.
 
 Models with operations of TensorFlow Text or Decision Forests, which TensorFlow Serving has linked
 in, load where ``tensorflow_text`` or ``tensorflow_decision_forests`` is installed: the package is

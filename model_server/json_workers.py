@@ -6,6 +6,10 @@ here and now; a long one goes to a process of its own, of which there are as man
 start when they are first needed, and end with the server, however that ends: what they read from it
 comes to an end then.
 
+They also give way. Where cores are scarce, predictions come first: these processes are as nice as
+``NICENESS`` says. A body goes to them in pieces, because a copy of all of it at once would hold up
+the other threads of the server for as long as the memory for it is found.
+
     python -m model_server.json_workers        is such a process
 """
 
@@ -26,6 +30,8 @@ from . import json_tensors
 from .errors import ServingError, invalid_argument
 
 LONG_BODY_BYTES = 2**16
+PIECE_BYTES = 2**18
+NICENESS = 10  # a tenth of a core is left to such a process beside others that want all of it
 LONG_OUTPUT_VALUES = 2**12
 STRING_BYTES_A_VALUE = 16  # so many bytes of a string take as long to write as a number
 
@@ -35,14 +41,17 @@ Call = Callable[..., Any]
 def functions() -> dict[str, Call]:
     """Make the functions for one document after another.
 
-    ``parse`` reads a body and returns the signature's name; ``inputs`` and ``examples`` return what
-    it holds for predict, and for classify and regress as a serialized ``Input``; ``format_rows``
-    and ``format_columns`` write an answer. All of them raise ServingError.
+    ``add`` takes a piece of a body, and ``parse`` reads them together and returns the signature's
+    name; ``inputs`` and ``examples`` return what it holds for predict, and for classify and regress
+    as a serialized ``Input``; ``forget`` ends this document. ``format_rows`` and ``format_columns``
+    write an answer. All of them raise ServingError.
     """
+    pieces: list[bytes] = []
     document: dict[str, Any] = {}
 
-    def parse(body: bytes) -> str:
-        document.clear()
+    def parse() -> str:
+        body = b"".join(pieces)
+        pieces.clear()
         document.update(json_tensors.parse_body(body))
         return _signature_name(document)
 
@@ -54,10 +63,16 @@ def functions() -> dict[str, Call]:
 
         return json_examples.parse_input(document).SerializeToString()
 
+    def forget() -> None:
+        pieces.clear()
+        document.clear()
+
     return {
+        "add": pieces.append,
         "parse": parse,
         "inputs": inputs,
         "examples": examples,
+        "forget": forget,
         "format_rows": json_tensors.format_rows,
         "format_columns": json_tensors.format_columns,
     }
@@ -73,10 +88,20 @@ class JsonWorkers:
         self._closed = False
 
     @contextmanager
-    def for_body(self, body: bytes) -> Iterator[Call]:
-        """Lend a function that calls one of the functions by name, to read a body."""
-        with self._lend() if len(body) > LONG_BODY_BYTES else _here() as call:
-            yield call
+    def for_body(self, pieces: Iterator[bytes]) -> Iterator[Call]:
+        """Lend a function that calls one of the functions by name, to read a body.
+
+        ``pieces`` are of ``PIECE_BYTES`` each, only the last may be shorter.
+        """
+        piece = next(pieces, b"")
+        with self._lend() if len(piece) > LONG_BODY_BYTES else _here() as call:
+            try:
+                call("add", piece)
+                for piece in pieces:
+                    call("add", piece)
+                yield call
+            finally:
+                call("forget")
 
     @contextmanager
     def for_outputs(self, outputs: Mapping[str, np.ndarray]) -> Iterator[Call]:
@@ -129,7 +154,9 @@ class _Worker:
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the server, which ends this process
+            # Ctrl-C is for the server, which ends this process. Not a session of its own: Linux
+            # may share cores out among sessions first, and how nice a process is counts within one.
+            process_group=0,
         )
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -142,6 +169,7 @@ class _Worker:
             kind, answer = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             self._process.kill()
+            self._process.wait()  # or it would pass for alive a moment longer
             raise ServingError(
                 grpc.StatusCode.UNAVAILABLE,
                 "the process that reads long JSON has ended; it may have lacked memory",
@@ -181,6 +209,7 @@ def _signature_name(document: Mapping[str, Any]) -> str:
 
 def _serve() -> None:
     """Answer calls until standard input ends."""
+    os.nice(NICENESS)
     calls, answers = sys.stdin.buffer, sys.stdout.buffer
     by_name = functions()
     while True:

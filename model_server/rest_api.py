@@ -1,7 +1,6 @@
 """The REST API: a WSGI application, and the waitress server that runs it."""
 
 import gzip
-import io
 import json
 import logging
 import re
@@ -10,7 +9,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from tfserving import server_messages_pb2
 
 from . import inference, metrics, service
 from .errors import ServingError, invalid_argument
-from .json_workers import JsonWorkers
+from .json_workers import PIECE_BYTES, JsonWorkers
 from .manager import ModelManager
 from .servable import DEFAULT_SIGNATURE
 
@@ -131,7 +130,7 @@ class RestApi:
                     )
                 return _json("")
             if match and request.method == "POST":
-                return _json(self._post(match, _body(request)))
+                return _json(self._post(match, body_pieces(request)))
             if match:
                 return _json(self._metadata(match) if match["metadata"] else self._status(match))
             if request.method == "GET" and path.lower() == "/v1/models":
@@ -154,11 +153,11 @@ class RestApi:
             f'"metadata": {{"signature_def": {_message_to_json(signatures)}}}\n}}\n'
         )
 
-    def _post(self, match: re.Match[str], body: bytes) -> bytes:
+    def _post(self, match: re.Match[str], body: Iterator[bytes]) -> bytes:
         spec = _spec(match)
         method = METHODS.get(match["method"])
         with self.json.for_body(body) as call:
-            spec.signature_name = call("parse", body)
+            spec.signature_name = call("parse")
             if method:
                 examples = server_messages_pb2.Input.FromString(call("examples"))
             else:
@@ -196,6 +195,28 @@ class RestApi:
             method, self.manager, self.check_method_name, request, self.timeout_ms
         )
         return inference.format_result(method, response.result)
+
+
+def body_pieces(request: Request) -> Iterator[bytes]:
+    """Read the body of a request in pieces of ``PIECE_BYTES``, unpacked if it is compressed.
+
+    Raises ServingError when it cannot be unpacked, or has too many bytes then.
+    """
+    packed = "gzip" in request.headers.get("Content-Encoding", "")
+    body = gzip.GzipFile(fileobj=request.stream) if packed else request.stream
+    size = 0
+    try:
+        while piece := body.read(PIECE_BYTES):
+            size += len(piece)
+            if packed and size > MAX_UNPACKED_BYTES:
+                raise invalid_argument(
+                    f"the body has more than {MAX_UNPACKED_BYTES} bytes when unpacked"
+                )
+            yield piece
+    except (OSError, EOFError, zlib.error) as error:
+        raise invalid_argument(
+            f"cannot unpack a body with Content-Encoding gzip: {error}"
+        ) from error
 
 
 class _Server(waitress.server.TcpWSGIServer):
@@ -258,22 +279,6 @@ class RestServer:
         for channel in self._server.active_channels.values():
             channel.will_close = True
         self._server.trigger.close()
-
-
-def _body(request: Request) -> bytes:
-    """Read the body of a request, unpacked if it is compressed."""
-    body = request.get_data(cache=False)
-    if "gzip" not in request.headers.get("Content-Encoding", ""):
-        return body
-    try:
-        unpacked = gzip.GzipFile(fileobj=io.BytesIO(body)).read(MAX_UNPACKED_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise invalid_argument(
-            f"cannot unpack a body with Content-Encoding gzip: {error}"
-        ) from error
-    if len(unpacked) > MAX_UNPACKED_BYTES:
-        raise invalid_argument(f"the body has more than {MAX_UNPACKED_BYTES} bytes when unpacked")
-    return unpacked
 
 
 def _spec(match: re.Match[str]) -> Any:

@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 # Packages whose import registers operations that TensorFlow itself has not.
 OPERATIONS = ("tensorflow_text", "tensorflow_decision_forests")
 
+NO_TENSORFLOW = (
+    "a SavedModel needs TensorFlow, which is not installed here: build the image with --build-arg "
+    "WITH_TENSORFLOW=1, or put a model.tflite beside saved_model.pb and give --prefer_tflite_model"
+)
+
 
 class SavedModel(Servable):
     """A SavedModel in a TensorFlow session of its own."""
@@ -89,10 +94,18 @@ def _tensorflow_errors() -> Iterator[None]:
 
 @functools.cache
 def import_tensorflow() -> Any:
-    """Import TensorFlow, and keep it quiet; this takes seconds."""
+    """Import TensorFlow, and keep it quiet; this takes seconds.
+
+    Raises ServingError where it is not installed.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too
-    with _quiet_stderr():
-        import tensorflow as tf
+    try:
+        with _quiet_stderr():
+            import tensorflow as tf
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise ServingError(grpc.StatusCode.FAILED_PRECONDITION, NO_TENSORFLOW) from error
 
     tf.get_logger().setLevel(logging.ERROR)
     # From now on the garbage collector skips what has been imported. Going through all of

@@ -1,5 +1,6 @@
 """TensorProto to NumPy array and back, without a Python loop over the values."""
 
+import functools
 import math
 from typing import Any
 
@@ -133,8 +134,14 @@ def _merge(proto: Any, values: bytes) -> None:
     values take a few milliseconds; appended one by one, they take fifty.
     """
     if values:
-        number = pb.TensorProto.DESCRIPTOR.fields_by_name[TYPES[proto.dtype][1]].number
-        proto.MergeFromString(_varints(np.array([number << 3 | 2, len(values)])) + values)
+        proto.MergeFromString(_head(TYPES[proto.dtype][1], len(values)) + values)
+
+
+@functools.lru_cache(maxsize=256)
+def _head(field: str, length: int) -> bytes:
+    """Return what comes before this many bytes of values of a field."""
+    number = pb.TensorProto.DESCRIPTOR.fields_by_name[field].number
+    return _varints(np.array([number << 3 | 2, length]))
 
 
 def _varints(values: np.ndarray) -> bytes:

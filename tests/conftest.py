@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.basics import ROOT, describe_model, free_port
 from helpers.forked import ForkedModelServer
+from helpers.models import save_classifier
 from helpers.servers import Server, wait_until_available, wait_until_ready
 from helpers.serving import Client
 
@@ -26,6 +27,17 @@ DESCRIPTION = ROOT / f"build/tests/model-{os.getpid()}.json"
 
 
 os.environ["MODEL_DESCRIPTION"] = str(describe_model(DESCRIPTION))
+
+# The files that take longest begin first, so that no worker is left alone with one at the end.
+LONGEST = [
+    *("containers", "gateway_faults", "commands", "website", "eks_account", "model", "rehearsal"),
+    *("compose", "eks_lesson", "own_model", "lessons_again", "model_server_lifecycle"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_unconfigure() -> None:
@@ -65,7 +77,10 @@ def launch(
 def start_model_server(
     started: list[Server], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Server]:
-    """Start a model server on free ports and wait until its model is AVAILABLE."""
+    """Start a model server on free ports and wait until its model is AVAILABLE.
+
+    LiteRT serves a version that has a ``model.tflite``, TensorFlow any other.
+    """
 
     def start(
         base_path: Path,
@@ -79,7 +94,9 @@ def start_model_server(
         log = tmp_path_factory.mktemp("server") / "log.txt"
         own = [
             *(f"--port={grpc_port}", f"--rest_api_port={rest_port}"),
-            *(f"--model_name={model_name}", f"--model_base_path={base_path}", *flags),
+            *(f"--model_name={model_name}", f"--model_base_path={base_path}"),
+            "--prefer_tflite_model=true",
+            *flags,
         ]
         server = Server(
             http=f"http://127.0.0.1:{rest_port}",
@@ -176,41 +193,35 @@ def export(base_path: Path, lite: bool = False, /, **parameters: object) -> Path
 
 
 @pytest.fixture(scope="session")
-def clothing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base path of the bundled model, exported by the cells of lesson 01 once for all workers.
-
-    It is shared: whoever wants to change it takes a copy.
-    """
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make something that all workers share: whoever wants to change it takes a copy."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    finished = folder / "lesson-01"
-    with (folder / "lesson-01.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not finished.exists():
-            making = tmp_path_factory.mktemp("lesson-01")
-            export(making / "clothing-model", True)
-            making.rename(finished)
-    return finished / "clothing-model"
+
+    def made_once(name: str, make: Callable[[Path], object]) -> Path:
+        finished = folder / f"{name}-made"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not finished.exists():
+                making = tmp_path_factory.mktemp(name)
+                make(making / name)
+                making.rename(finished)
+        return finished / name
+
+    return made_once
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clothing_model(made_once: Callable[..., Path]) -> Path:
+    """The base path of the bundled model, exported by the cells of lesson 01."""
+    return made_once("clothing-model", lambda base_path: export(base_path, True))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(made_once: Callable[..., Path]) -> Path:
     """A base path with version 1 of a 32 × 32 classifier with random weights.
 
     With these, it takes the drawn dress for a dress, which the gateway asks before it is ready.
     """
-    import tensorflow as tf
-
-    base_path = tmp_path_factory.mktemp("tiny-model")
-    module = tf.Module()
-    module.weights = tf.Variable(tf.random.stateless_normal([32 * 32 * 3, 10], seed=[1, 18]) / 30)
-
-    @tf.function(input_signature=[tf.TensorSpec([None, 32, 32, 3], tf.float32, name="inputs")])
-    def serve(inputs):
-        return {
-            "probabilities": tf.nn.softmax(tf.reshape(inputs, [-1, 32 * 32 * 3]) @ module.weights)
-        }
-
-    tf.saved_model.save(module, str(base_path / "1"), signatures={"serving_default": serve})
-    return base_path
+    return made_once("tiny-model", lambda base_path: save_classifier(base_path / "1", seed=(1, 18)))

@@ -237,7 +237,8 @@ def test_the_locks_name_no_index_every_hash_and_packages_for_every_python(folder
     packages = [each for section in lock.keys() - {"_meta"} for each in lock[section].items()]
     assert [name for name, package in packages if "index" in package] == []
     assert [name for name, package in packages if not package.get("hashes")] == []
-    assert "tensorflow" not in lock["default"]
+    for section in {"default", "model-server"} & lock.keys():
+        assert "tensorflow" not in lock[section]
     for python in ("3.11.0", "3.12.0", "3.13.0"):  # the first release of each that README promises
         here = {"python_full_version": python, "python_version": python[:4]}
         skipped = [
@@ -270,7 +271,12 @@ MARKED = [
 
 
 @pytest.mark.parametrize(
-    "categories", [["packages"], ["model-server"], ["packages", "dev-packages"]], ids="-".join
+    "categories",
+    [
+        *(["packages"], ["packages", "dev-packages"]),
+        *(["model-server"], ["model-server", "model-server-tensorflow"]),
+    ],
+    ids="-".join,
 )
 def test_the_lock_has_all_that_its_packages_need_on_every_platform(categories: list[str]) -> None:
     """What `pip check` says of the environment here, of those for other machines and Pythons."""
@@ -425,6 +431,30 @@ while not Path({str(tmp_path)!r}, "released").exists():
         for name in ("01-first", "02-second")
     )
     assert (*busy, second.strip()) == (str(port), first.strip(), str(port))
+
+
+def test_lessons_run_side_by_side_but_for_those_that_measure(
+    workbook: list[object], tmp_path: Path
+) -> None:
+    """Two go on when the other has come, too; the one that measures comes when both have left."""
+    port = "GRPC_PORT = 8500"
+    begin = f"import pathlib, time\ncame = pathlib.Path({str(tmp_path)!r})"
+    meet = """(came / f"{GRPC_PORT}.came").touch()
+deadline = time.monotonic() + 60
+while len([*came.glob("*.came")]) < 2:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+(came / f"{GRPC_PORT}.left").touch()"""
+    alone = tmp_path / "source" / "04-measures.ipynb"
+    for path in (alone.with_name("02-a.ipynb"), alone.with_name("03-b.ipynb")):
+        write_notebook(path, port, begin, meet)
+    write_notebook(alone, port, begin, "assert len([*came.glob('*.left')]) == 2")
+    node = nbformat.read(alone, as_version=4)
+    node.metadata["alone"] = True
+    nbformat.write(node, alone)
+    done = run(*workbook, "--jobs", "3")
+    assert done.returncode == 0, done.stdout
+    assert len({path.stem for path in tmp_path.glob("*.came")}) == 2, "each has ports of its own"
 
 
 def bar_of(page: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from helpers.basics import ROOT, SAMPLES
 
 MONITORING = ROOT / "monitoring"
 DASHBOARD = json.loads((MONITORING / "dashboards/clothing.json").read_text())
+PICTURE = SAMPLES[0].read_bytes()
 METRIC = re.compile(r"(?<![\w:])(?:gateway_|:tensorflow:)[\w:]+")
 
 
@@ -100,10 +101,11 @@ def test_what_the_shell_sets_reaches_gateway_and_builds(read_config: Callable[..
     assert env.items() <= read_config(**env)["services"]["gateway"]["environment"].items()
     unset = read_config()["services"]["gateway"]["environment"]
     assert [unset[name] for name in env] == [None] * 3
-    mirror = {"PIP_INDEX_URL": "http://mirror/simple", "PIP_TRUSTED_HOST": "mirror"}
-    services = read_config(**mirror)["services"]
-    for name in ("gateway", "model-server"):
-        assert services[name]["build"]["args"] == mirror | {"MODEL_NAME": "clothing-model"}
+    arguments = {"PIP_INDEX_URL": "http://mirror/simple", "PIP_TRUSTED_HOST": "mirror"}
+    services = read_config(**arguments, WITH_TENSORFLOW="1")["services"]
+    arguments["MODEL_NAME"] = "clothing-model"
+    for name, more in (("gateway", {}), ("model-server", {"WITH_TENSORFLOW": "1"})):
+        assert services[name]["build"]["args"] == arguments | more
 
 
 def test_one_variable_names_everything(read_config: Callable[..., dict]) -> None:
@@ -154,6 +156,18 @@ def test_prometheus_asks_the_services_where_they_answer(read_config: Callable[..
     assert path and path[1] == found["model-server"][1]
 
 
+def counted(page: str, expression: str) -> float:
+    """Add up the samples that a ``rate(...)`` of the dashboard selects."""
+    selector = re.search(r"rate\(([\w:]+)(?:{(\w+)!=\"(\w*)\"})?\[", expression)
+    assert selector, expression
+    name, label, unwanted = selector.groups()
+    total = 0.0
+    for labels, value in re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", page, re.MULTILINE):
+        values = dict(re.findall(r'(\w+)="(.*?)"', labels))
+        total += float(value) if not label or values.get(label, "") != unwanted else 0
+    return total
+
+
 def test_the_dashboard_shows_what_the_servers_count(
     start_model_server: Callable, start_gateway: Callable, clothing_model: Path
 ) -> None:
@@ -164,16 +178,11 @@ def test_the_dashboard_shows_what_the_servers_count(
         f"--monitoring_config_file={ROOT / 'model_server/monitoring.config'}",
     )
     gateway = start_gateway(model_server.grpc)
-    for picture, is_one in ((SAMPLES[0].read_bytes(), True), (b"no picture", False)):
+    model_metrics = f"{model_server.http}/monitoring/prometheus/metrics"
+    for picture, is_one in ((PICTURE, True), (b"no picture", False)):
         answer = requests.post(f"{gateway.http}/predict", files={"file": picture}, timeout=60)
         assert answer.ok == is_one
-    pages = [
-        requests.get(url, timeout=60).text
-        for url in (
-            gateway.metrics,
-            f"{model_server.http}/monitoring/prometheus/metrics",
-        )
-    ]
+    pages = [requests.get(url, timeout=60).text for url in (gateway.metrics, model_metrics)]
     exposed = {name for page in pages for name in re.findall(r"^([\w:]+)[{ ]", page, re.MULTILINE)}
     labels = {name for page in pages for name in re.findall(r'[{,](\w+)="', page)}
     assert len(DASHBOARD["panels"]) == len({panel["title"] for panel in DASHBOARD["panels"]}) > 5
@@ -184,3 +193,19 @@ def test_the_dashboard_shows_what_the_servers_count(
             by = re.findall(r"by \((.*?)\)", target["expr"])
             used = {label for each in by for label in each.split(", ")} - {"instance"}
             assert used <= labels, target["expr"]
+
+    # Health checks, which ask for the status over REST, are neither predictions nor errors.
+    (panel,) = (each for each in DASHBOARD["panels"] if each["title"].startswith("Predictions of"))
+    status = f"{model_server.http}/v1/models/clothing-model"
+    asked = [
+        ((0, 0), lambda: requests.get(status, timeout=60)),
+        ((0, 0), lambda: requests.get(f"{status}/metadata", timeout=60)),
+        ((1, 0), lambda: requests.post(f"{gateway.http}/predict", files={"file": PICTURE})),
+        ((0, 1), lambda: requests.post(f"{status}:predict", json={}, timeout=60)),
+    ]
+    for expected, ask in asked:
+        before = requests.get(model_metrics, timeout=60).text
+        ask()
+        after = requests.get(model_metrics, timeout=60).text
+        grown = [counted(after, t["expr"]) - counted(before, t["expr"]) for t in panel["targets"]]
+        assert tuple(grown) == expected

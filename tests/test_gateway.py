@@ -23,6 +23,7 @@ import pytest
 import requests
 from helpers.basics import CLASSES, ROOT, SAMPLES, describe_model, free_port
 from helpers.images import TURNS, encode, turned
+from helpers.models import save_lite
 from helpers.servers import Server, WebHost, serve, wait_until_ready
 from keras_image_helper import create_preprocessor
 from PIL import Image, ImageDraw, ImageOps
@@ -83,7 +84,7 @@ class PictureHost(WebHost):
             case "hints":
                 self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
                 self.answer(200, PICTURE)
-            case "h%C3%BChe" | "h%FChe":
+            case "h%C3%BChe-utf8" | "h%FChe-latin1":
                 self.answer(200, PICTURE)
             case "picky" if "contact@a.example" in self.headers["User-Agent"]:
                 self.answer(200 if "image/" in self.headers.get("Accept", "") else 406, PICTURE)
@@ -101,9 +102,9 @@ class PictureHost(WebHost):
             case "redirect":
                 self.answer(302, b"", Location=f"/redirect/{int(argument) - 1}")
             case "elsewhere-utf8":
-                self.send_raw_location("/hühe".encode())
+                self.send_raw_location("/hühe-utf8".encode())
             case "elsewhere-latin1":
-                self.send_raw_location("/hühe".encode("latin-1"))
+                self.send_raw_location("/hühe-latin1".encode("latin-1"))
             case "elsewhere":
                 self.answer(301, b"", Location=unquote(argument))
             case "large":
@@ -683,7 +684,7 @@ def test_model_server_dead_then_alive(launch, start_gateway, tiny_model):
         [
             *(sys.executable, "-m", "model_server", f"--port={port}"),
             *(f"--rest_api_port={rest_port}", "--model_name=clothing-model"),
-            f"--model_base_path={tiny_model}",
+            *(f"--model_base_path={tiny_model}", "--prefer_tflite_model"),
         ],
         http=f"http://127.0.0.1:{rest_port}",
     )
@@ -720,8 +721,7 @@ def save_other_model(path: Path, height: int = 48, width: int = 40, classes: int
     def pixels(raw):
         return {"guess": halves(tf.cast(tf.cast(raw, tf.float32) / 127.5 - 1, tf.float16))["guess"]}
 
-    tf.saved_model.save(module, str(path), signatures={"serving_default": halves, "pixels": pixels})
-    return path
+    return save_lite(path, {"serving_default": halves, "pixels": pixels}, module)
 
 
 def test_another_model_drops_in(start_model_server, start_gateway, tmp_path):
@@ -801,14 +801,13 @@ def save_two_signatures(path: Path) -> Path:
         @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 3], dtype, name="pictures")])
         def signature(pictures):
             row = tf.one_hot([CLASSES.index(label)], len(CLASSES))
-            return {"probabilities": tf.repeat(row, tf.shape(pictures)[0], axis=0)}
+            return {"probabilities": tf.tile(row, [tf.shape(pictures)[0], 1])}
 
         return signature
 
     signatures = {"serving_uint8": always("dress", tf.uint8)}
     signatures["serving_default"] = always("hat", tf.float32)
-    tf.saved_model.save(tf.Module(), str(path), signatures=signatures)
-    return path
+    return save_lite(path, signatures)
 
 
 def test_bytes_are_sent_where_the_model_takes_them(start_model_server, start_gateway, tmp_path):

@@ -32,6 +32,7 @@ import requests
 import yaml
 from helpers.basics import ROOT, eventually, free_port
 from helpers.images import encode
+from helpers.models import save_classifier
 from helpers.servers import Server, WebHost, serve, wait_until_available, wait_until_ready
 from keras_image_helper import create_preprocessor
 from PIL import Image
@@ -57,24 +58,6 @@ class Answer(NamedTuple):
     @property
     def cause(self) -> str:
         return self.body["type"].rpartition(":")[2]
-
-
-def save_model(path: Path, size: int = 32, dtype: str = "float32", seed: int = 1) -> Path:
-    """Save a classifier with random weights, whose pictures have this size and type."""
-    import tensorflow as tf
-
-    module = tf.Module()
-    shape = [size * size * 3, 10]
-    module.weights = tf.Variable(tf.random.stateless_normal(shape, seed=[seed, 2]) / size)
-    scale = 1.0 if dtype == "float32" else 1 / 255
-
-    @tf.function(input_signature=[tf.TensorSpec([None, size, size, 3], dtype, name="inputs")])
-    def serve(inputs):
-        flat = tf.reshape(scale * tf.cast(inputs, tf.float32), [-1, shape[0]])
-        return {"probabilities": tf.nn.softmax(flat @ module.weights)}
-
-    tf.saved_model.save(module, str(path), signatures={"serving_default": serve})
-    return path
 
 
 def ask_directly(target: str, size: int = 32, dtype: str = "float32") -> list[float]:
@@ -221,13 +204,13 @@ def test_frozen_model_server(start_gateway, model_server):
 @pytest.mark.parametrize(("size", "dtype"), [(32, "float32"), (48, "uint8")])
 def test_model_is_replaced(start_model_server, start_gateway, tmp_path, size, dtype):
     ports = free_port(), free_port()
-    first = save_model(tmp_path / "model" / "1").parent
+    first = save_classifier(tmp_path / "model" / "1").parent
     server = start_model_server(first, "--file_system_poll_wait_seconds=1", ports=ports)
     gateway = start_gateway(server.grpc)
     expected = {1: ask_directly(server.grpc)}
     with traffic(gateway) as answers:
         wait_for(answers, 20, is_good)
-        second = save_model(tmp_path / "staged", size, dtype, seed=5).rename(first / "2")
+        second = save_classifier(tmp_path / "staged", size, dtype, seed=(5, 2)).rename(first / "2")
         wait_for(
             answers, 50, lambda answer: is_good(answer) and answer.body["model"]["version"] == 2
         )
@@ -523,7 +506,7 @@ def test_large_pictures_are_tried_again_because_they_are_kept(
     start_model_server, start_gateway, tmp_path
 ):
     """A 224 x 224 picture has 600 KB; gRPC keeps 256 KB for a second try unless told otherwise."""
-    server = start_model_server(save_model(tmp_path / "model" / "1", 224).parent)
+    server = start_model_server(save_classifier(tmp_path / "model" / "1", 224).parent)
     copy = Path(shutil.copytree(ROOT / "tfserving", tmp_path / "copy" / "tfserving"))
     source, option = (
         (copy / "channel.py").read_text(),

@@ -68,7 +68,7 @@ def grey16_png(grey: Image.Image = GREY, *between: bytes) -> bytes:
     """Sixteen bits a pixel, big-endian, as scanners and microscopes write them."""
     rows = (np.asarray(grey, np.uint16) * 257).astype(">u2")
     lines = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", *GREY.size, 16, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *grey.size, 16, 0, 0, 0, 0)
     chunks = png_chunk(b"IHDR", header) + b"".join(between)
     chunks += png_chunk(b"IDAT", zlib.compress(lines))
     return b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND")
@@ -667,6 +667,29 @@ def assert_shoes(answer: dict) -> None:
 @pytest.mark.parametrize("name", CLASSIFIED)
 def test_the_class_is_found(gateway, name):
     assert_shoes(send(gateway, CLASSIFIED[name](), preview="yes"))
+
+
+LEVELS = Image.fromarray(np.array([[18, 128]], np.uint8))
+COLOURS = Image.fromarray(np.array([[(18, 52, 86), (200, 100, 50)]], np.uint8))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: png(LEVELS, png_chunk(b"tRNS", struct.pack(">H", 18))),
+        lambda: png(COLOURS, png_chunk(b"tRNS", struct.pack(">3H", 18, 52, 86))),
+        lambda: grey16_png(LEVELS, png_chunk(b"tRNS", struct.pack(">H", 18 * 257))),
+        lambda: rgb16_png(
+            False, COLOURS, png_chunk(b"tRNS", struct.pack(">3H", 18 << 8, 52 << 8, 86 << 8))
+        ),
+    ],
+    ids=["L", "RGB", "L of 16 bits", "RGB of 16 bits"],
+)
+def test_what_a_png_calls_transparent_is_white(make):
+    """The left one of two pixels is dark, were it not transparent."""
+    picture = pictures.read_picture(make(), (2, 1), time.monotonic() + 60)
+    left, right = np.asarray(picture)[0].tolist()
+    assert left == [255, 255, 255] and right in ([128] * 3, [200, 100, 50])
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -38,8 +38,9 @@ def keras_model():
 
 
 @pytest.fixture(scope="session")
-def model_server(clothing_server: Server) -> Server:
-    return clothing_server
+def model_server(start_model_server: Callable[..., Server], clothing_model: Path) -> Server:
+    """TensorFlow, which keeps the model's precision."""
+    return start_model_server(clothing_model, "--prefer_tflite_model=false")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from helpers.basics import ROOT
 
-from workbook.run import lessons
+from workbook.execute import lessons
 
 NOTEBOOKS = lessons(ROOT / "notebooks")
 MAIN = [path for path in NOTEBOOKS if "-bonus-" not in path.name]
@@ -119,6 +119,13 @@ def test_cells_are_small_and_explained(path: Path) -> None:
     if path.stem == "04-flask-gateway":
         prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
         assert len(" ".join(prose).split()) <= 1400
+
+
+@every_notebook
+def test_tables_have_no_line_that_falls_out(path: Path) -> None:
+    for cell in read(path).cells:
+        rows = [line for line in cell.source.splitlines() if line.endswith(" |")]
+        assert cell.cell_type == "code" or all(row.startswith("| ") for row in rows), rows
 
 
 @every_notebook

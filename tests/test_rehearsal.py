@@ -3,6 +3,7 @@
 import copy
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from helpers.manifests import KUBE, run_kustomize
 
 from workbook import manifests, pods
 from workbook.manifests import container, read_image
-from workbook.rehearsal import Rehearsal
+from workbook.rehearsal import Proxy, Rehearsal
 
 PING = KUBE / "ping"
 Manifests = list[dict[str, Any]]
@@ -123,6 +124,26 @@ def test_a_tunnel_replaces_the_one_before_at_its_port(start: Start, ping: Manife
     busy = rehearsal.expose("ping")
     with pytest.raises(RuntimeError, match=f"Port {busy} is in use by .*, pid "):
         rehearsal.forward("ping", 80, busy)
+
+
+def test_a_port_passes_on_the_end_of_what_is_said_and_the_answer_to_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+
+        def answer_in_the_end() -> None:
+            connection, _ = server.accept()
+            connection.settimeout(30)
+            with connection, connection.makefile("rb") as file:
+                connection.sendall(file.read())
+
+        answering = pool.submit(answer_in_the_end)
+        proxy = Proxy(lambda: f"127.0.0.1:{server.getsockname()[1]}")
+        said, address = bytes(range(256)) * 20_000, ("127.0.0.1", proxy.server_address[1])
+        with socket.create_connection(address, 30) as client, client.makefile("rb") as file:
+            client.sendall(said)
+            client.shutdown(socket.SHUT_WR)
+            assert file.read() == said
+        answering.result()
+        proxy.close()
 
 
 def test_a_killed_process_is_started_again_in_its_pod(start: Start, ping: Manifests) -> None:
@@ -481,7 +502,9 @@ def test_commands_come_from_the_dockerfile(monkeypatch: pytest.MonkeyPatch) -> N
         'exec python -m model_server --model_name="clothing-model"'
     )
     assert image.paths["/models/clothing-model"] == str(ROOT / "build/clothing-model")
-    assert image.paths["/etc/serving/batching.config"] == str(ROOT / "model_server/batching.config")
+    config = image.paths["/etc/serving/monitoring.config"]
+    assert config == str(ROOT / "model_server/monitoring.config")
+    assert "--prefer_tflite_model=true" in image.command
     assert image.paths["/tmp"] == str(ROOT / "build")
     assert read_image("kube-config/ping/Dockerfile", "kube-config/ping").context == PING
 

@@ -22,6 +22,7 @@ from helpers.servers import Server
 from helpers.serving import Client, refused
 from tensorflow_serving.apis import get_model_metadata_pb2
 
+from model_server import saved_model
 from tfserving import messages_pb2 as pb
 
 Code = grpc.StatusCode
@@ -234,6 +235,30 @@ def test_a_broken_file_is_said_and_not_served(tmp_path: Path):
     assert outcome.status == 1
     assert "1/model.tflite: LiteRT cannot run it: " in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+def test_without_tensorflow_a_saved_model_is_refused_with_the_remedy(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    for name in ("1", "new"):
+        shutil.copytree(exported / "1", tmp_path / name)
+    (tmp_path / "new/model.tflite").unlink()
+    flags = ("--model_name=lite", f"--model_base_path={tmp_path}", "--prefer_tflite_model")
+    with serving(*flags) as server, Client(server, "lite") as client:
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "tensorflow", None)
+            saved_model.import_tensorflow.cache_clear()
+            (tmp_path / "new").rename(tmp_path / "2")
+            status = client.error_of(2)
+        assert status.error_code == Code.FAILED_PRECONDITION.value[0]
+        for said in (status.error_message, caplog.text):
+            assert "a SavedModel needs TensorFlow, which is not installed here" in said
+            assert "--build-arg WITH_TENSORFLOW=1" in said
+        assert client.states() == {2: "END", 1: "AVAILABLE"}
+        assert answer(client, x=rows(4)).tolist() == rows(5).tolist()
 
 
 def test_tensorflow_stays_out_of_the_process(exported: Path, launch: Callable[..., Server]):

@@ -122,7 +122,7 @@ def test_metrics_count_what_was_asked(server: Server, warm_model: Path) -> None:
 
 
 def test_every_question_over_rest_is_counted(tiny_model: Path, config: Path) -> None:
-    flags = "--model_name=asked", f"--model_base_path={tiny_model}"
+    flags = "--model_name=asked", f"--model_base_path={tiny_model}", "--prefer_tflite_model"
     with serving(*flags, f"--monitoring_config_file={config}") as server:
         url = f"{server.http}/v1/models/asked"
         asked = [url, f"{url}/metadata", f"{url}/versions/1", f"{url}/versions/9", f"{url}:fly"]
@@ -180,7 +180,11 @@ def test_metrics_of_examples(tmp_path: Path, config: Path) -> None:
 def test_a_path_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
     config = tmp_path / "monitoring.txt"
     config.write_text('prometheus_config { enable: true path: "/metrics" }')
-    flags = f"--model_base_path={tiny_model}", f"--monitoring_config_file={config}"
+    flags = (
+        f"--model_base_path={tiny_model}",
+        "--prefer_tflite_model",
+        f"--monitoring_config_file={config}",
+    )
     with serving(*flags) as server:
         assert "# TYPE :tensorflow:serving:request_count counter" in page(server, "/metrics")
         with pytest.raises(urllib.error.HTTPError, match="404"):
@@ -190,7 +194,11 @@ def test_a_path_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
 def test_no_metrics_unless_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     config = tmp_path / "monitoring.txt"
     config.write_text("prometheus_config { enable: false }")
-    flags = f"--model_base_path={tiny_model}", f"--monitoring_config_file={config}"
+    flags = (
+        f"--model_base_path={tiny_model}",
+        "--prefer_tflite_model",
+        f"--monitoring_config_file={config}",
+    )
     with serving(*flags) as server, pytest.raises(urllib.error.HTTPError, match="404"):
         page(server)
 
@@ -213,7 +221,12 @@ def test_a_wrong_configuration_is_one_sentence(
     config = tmp_path / "monitoring.txt"
     config.write_text(text)
     outcome = run_main(
-        *("--port=0", f"--model_base_path={tiny_model}", f"--monitoring_config_file={config}"),
+        *(
+            "--port=0",
+            f"--model_base_path={tiny_model}",
+            "--prefer_tflite_model",
+            f"--monitoring_config_file={config}",
+        ),
         *([f"--rest_api_port={free_port()}"] if rest else []),
     )
     assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)

@@ -249,6 +249,8 @@ def test_paste_a_link_into_the_field(visit: Visit, host: str) -> None:
     for stage in ("fetch", "decode", "predict"):
         expect(page.locator(f"[data-fact={stage}]")).to_have_text(re.compile(r"^\d+\sms$"))
     expect(page.locator("[data-fact=model]")).to_have_text("clothing-model, version 1")
+    # Words that somebody knows who has never written a program.
+    expect(page.locator(".facts dt")).to_have_text(["Loading", "Reading", "Deciding", "Model"])
     sentence = page.get_by_role("heading", level=3).inner_text()
     expect(page.get_by_role("status")).to_have_text(sentence)
 
@@ -322,6 +324,9 @@ def test_paste_a_link_beside_the_field(visit: Visit, gateway: Server, host: str)
 def test_take_a_picture_on_a_phone(visit: Visit) -> None:
     expect(visit().locator("#camera")).to_be_hidden()
     page = visit(**PHONE)
+    # The place for the picture leaves most of the screen to all else.
+    (place,) = boxes_of(page, ".card .picture")
+    assert place["height"] < page.evaluate("innerHeight") / 3
     camera = page.get_by_label("Take a picture")
     expect(camera).to_have_attribute("capture", "environment")
     expect(camera).to_have_attribute("accept", "image/*")

@@ -100,7 +100,7 @@ def load_balancer(kubectl: Kubectl, service: str) -> str:
 def wait_until_shut(kubectl: Kubectl, host: str) -> str:
     """Wait until a load balancer admits us no longer, and say so; a rehearsal shows its list."""
     if kubectl.rehearsal is not None:
-        spec = kubectl.rehearsal.objects["Service", "gateway"]["spec"]
+        spec = kubectl.rehearsal.objects["Service"]["gateway"]["spec"]
         return f"admitted: {', '.join(spec['loadBalancerSourceRanges'])}"
 
     def is_shut() -> bool:

@@ -19,14 +19,7 @@ from typing import NamedTuple
 
 import yaml
 
-from workbook.engine import (
-    MACHINES,
-    PROBE_SECONDS,
-    docker,
-    pull_obstacle,
-    settle_for_embedded,
-    wanted_engine,
-)
+from workbook import engine
 
 NAME = "clothes"
 KUBECONFIG = Path("build/kubeconfig")
@@ -69,7 +62,7 @@ def choose_cluster(
     Raises RuntimeError, with a sentence that says why, if Docker or the cluster of WORKBOOK_CONTEXT
     was asked for and cannot be used, or if the namespace is somebody else's.
     """
-    if wanted_engine(wanted) == "embedded":
+    if engine.wanted_engine(wanted) == "embedded":
         return Cluster("embedded", "asked for")
     if context := os.environ.get("WORKBOOK_CONTEXT"):
         kubectl = f"kubectl --context {shlex.quote(context)}"
@@ -83,12 +76,12 @@ def choose_cluster(
     own = images_obstacle(images) or own_cluster()
     if isinstance(own, Cluster):
         return within(namespace, own)
-    return Cluster(*settle_for_embedded(wanted, f"there is no cluster: {own}"))
+    return Cluster(*engine.settle_for_embedded(wanted, f"there is no cluster: {own}"))
 
 
 def within(namespace: str, cluster: Cluster) -> Cluster:
     """Return a cluster whose namespace, if there is one of this name, is the lessons' own."""
-    words = [*shlex.split(cluster.kubectl), "get", "namespace", namespace, "--ignore-not-found"]
+    words = shlex.split(f"{cluster.kubectl} get namespace {namespace} --ignore-not-found")
     words.append("--output=go-template={{.metadata.labels}}")
     found = subprocess.run(words, capture_output=True, text=True).stdout if namespace else ""
     if found and f"app.kubernetes.io/part-of:{namespace}" not in found:
@@ -103,21 +96,20 @@ def images_obstacle(images: tuple[str, ...]) -> str | None:
     """Say why Docker cannot run these images, or None when it can."""
     if not docker_answers():
         return "no Docker engine answers"
-    missing = [image for image in images if not docker("image", "inspect", image)]
+    missing = [image for image in images if not engine.docker("image", "inspect", image)]
     return f"{' and '.join(missing)} could not be built" if missing else None
 
 
 def docker_answers(wanted: str = "auto") -> bool:
     """Say whether there is a Docker engine, and its use has not been forbidden."""
-    forbidden = wanted_engine(wanted) == "embedded"
-    return not forbidden and docker("info", "--format", "{{.ServerVersion}}") != ""
+    forbidden = engine.wanted_engine(wanted) == "embedded"
+    return not forbidden and engine.docker("info", "--format", "{{.ServerVersion}}") != ""
 
 
 def answers(kubectl: str) -> bool:
     """Say whether a cluster's API answers, and lets us in."""
-    words = [*shlex.split(kubectl), "get", "namespaces", "--request-timeout=10s"]
-    done = subprocess.run(words, capture_output=True, timeout=6 * PROBE_SECONDS)
-    return done.returncode == 0
+    words = shlex.split(f"{kubectl} get namespaces --request-timeout=10s")
+    return subprocess.run(words, capture_output=True, timeout=60).returncode == 0
 
 
 def own_cluster() -> Cluster | str:
@@ -131,8 +123,8 @@ def own_cluster() -> Cluster | str:
         if answers(kubectl):
             return Cluster("kubernetes", f"the Kind cluster {NAME} was there", kubectl)
         return f"that of Kind does not answer: kind delete cluster --name {NAME}"
-    image = node_image()
-    if not docker("image", "inspect", image) and (obstacle := pull_obstacle(image)):
+    image = yaml.safe_load(KIND_CONFIG.read_text())["nodes"][0]["image"]
+    if not engine.docker("image", "inspect", image) and (obstacle := engine.pull_obstacle(image)):
         return obstacle
     print(f"creating the Kind cluster {NAME}, a minute or two", flush=True)
     with ExitStack() as half:  # half a cluster would be in the way of the next attempt
@@ -143,11 +135,6 @@ def own_cluster() -> Cluster | str:
             return Cluster("kubernetes", f"Kind has created {NAME}", kubectl, created=True)
     said = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no answer")
     return f"Kind could not create one ({said.removeprefix('ERROR: ')})"
-
-
-def node_image() -> str:
-    """Return the image of the cluster's node, as Kind's configuration names it."""
-    return yaml.safe_load(KIND_CONFIG.read_text())["nodes"][0]["image"]
 
 
 def kind(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -163,12 +150,12 @@ def kind_obstacle() -> str | None:
     if shutil.which("kind") and KIND_VERSION in kind("version").stdout:
         return None
     machine = platform.machine().lower()
-    machine = f"{platform.system().lower()}-{MACHINES.get(machine, machine)}"
+    machine = f"{platform.system().lower()}-{engine.MACHINES.get(machine, machine)}"
     if machine not in KIND_SHA256:
         return f"Kind is not made for {machine}"
     try:
         url = f"{KIND_URL}/{KIND_VERSION}/kind-{machine}"
-        with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as answer:
+        with urllib.request.urlopen(url, timeout=engine.PROBE_SECONDS) as answer:
             program = answer.read()
     except OSError:
         return f"there is no kind {KIND_VERSION}, and it cannot be downloaded"
@@ -195,7 +182,7 @@ def load_command(image: str) -> str:
             f"Say with IMAGE_LOADER how an image gets into {context}, for example"
             f" IMAGE_LOADER='minikube image load' or 'k3d image import --cluster NAME'."
         )
-    if "io.containerd.snapshotter" in docker("info", "--format", "{{.DriverStatus}}"):
+    if "io.containerd.snapshotter" in engine.docker("info", "--format", "{{.DriverStatus}}"):
         archive = f"build/{image.replace(':', '-')}.tar"
         load = f"kind load image-archive --name {NAME} {archive}"
         return f"docker save --output {archive} {image} && {load} && rm {archive}"

@@ -1,6 +1,5 @@
 """Which engine runs TensorFlow Serving here, Docker or our `model_server`, and how commands run."""
 
-import json
 import os
 import shlex
 import shutil
@@ -61,11 +60,11 @@ def docker_obstacle(image: str | None) -> str | None:
         found = shutil.which("docker-compose") or docker("compose", "version")
         return None if found else "there is no docker-compose command"
     processor = MACHINES.get(machine, machine)
-    if not (found := docker("image", "inspect", image)):
+    if not (found := docker("image", "inspect", "--format={{.Architecture}}", image)):
         if processor != "amd64":
             return f"{image} is made for amd64 and this engine runs on {machine}"
         return pull_obstacle(image)
-    if json.loads(found)[0]["Architecture"] != processor:
+    if found != processor:
         return f"the {image} that is here was made for another processor than {machine}"
     return None
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +64,11 @@ class Kubectl:
         if self.again:
             self.opened[namespace].close()
         self.opened[namespace] = self
-        self.cluster = cluster
+        self.cluster, self.closing = cluster, ExitStack()
         self.command = f"{cluster.kubectl} --namespace {namespace}"
         self.rehearsal = None if cluster.engine == "kubernetes" else Rehearsal(namespace)
-        self.tunnels: set[str] = set()
+        if self.rehearsal is not None:
+            self.closing.callback(self.rehearsal.close)
 
     def load(self, image: str, dockerfile: str, paths: Any = None, **build: Any) -> None:
         """Bring an image of this machine's Docker to where the pods run.
@@ -99,17 +101,14 @@ class Kubectl:
             self.rehearsal.forward(target.removeprefix("service/"), port, local_port)
             return
         print(f"$ {self.command} {command} &")
-        words, pipe = shlex.split(f"{self.command} {command}"), subprocess.PIPE
-        name = f"port-forward {local_port}"
-        tunnel = servers.start(
-            name, words, [local_port], stdout=pipe, stderr=subprocess.STDOUT, text=True
-        )
-        self.tunnels.add(name)
+        name, words = f"port-forward {local_port}", shlex.split(f"{self.command} {command}")
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        tunnel = servers.start(name, words, [local_port], text=True, **output)
+        self.closing.callback(servers.stop, name)
         # To try whether it is open could break it; kubectl says when it is, or why it cannot be.
         assert tunnel.stdout is not None
-        said = tunnel.stdout.readline()
-        if not said.startswith("Forwarding"):
-            raise RuntimeError(f"This failed: kubectl {command}: {said}")
+        if not (line := tunnel.stdout.readline()).startswith("Forwarding"):
+            raise RuntimeError(f"This failed: kubectl {command}: {line}")
 
     def pods(self, component: str) -> list[PodState]:
         """Return the state of a component's pods; those that are ending are among them."""
@@ -134,10 +133,7 @@ class Kubectl:
 
     def close(self) -> None:
         """Close the tunnels, and end the rehearsal if there is one."""
-        for tunnel in self.tunnels:
-            servers.stop(tunnel)
-        if self.rehearsal is not None:
-            self.rehearsal.close()
+        self.closing.close()
 
 
 # --- What a rehearsal does for a command ----------------------------------------------------------
@@ -216,11 +212,10 @@ def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
     if selector:
         label, _, value = selector.partition("=")
         chosen = [each for each in chosen if each["metadata"].get("labels", {}).get(label) == value]
-    before = dict(rehearsal.objects)
+    names = [(each["kind"], each["metadata"]["name"]) for each in chosen]
+    before = [rehearsal.objects[kind].get(name) for kind, name in names]
     rehearsal.apply(chosen)
-    for each in chosen:
-        kind, name = each["kind"], each["metadata"]["name"]
-        known = before.get((kind, name))
+    for (kind, name), known, each in zip(names, before, chosen, strict=True):
         # A budget's selector is always sent: the API has it replaced as a whole, not merged.
         same = known == each and kind != "PodDisruptionBudget"
         how = "unchanged" if same else "configured" if known else "created"
@@ -237,8 +232,7 @@ def print_tables(rehearsal: Rehearsal, kinds: list[str]) -> None:
         if len(kinds) > 1:
             found = [[f"{before}/{name}", *cells] for name, *cells in found]
         tables += [aligned([header.split(), *found], gap=3)] if found else []
-    nothing = f"No resources found in {rehearsal.namespace} namespace."
-    print("\n\n".join(tables) or nothing)
+    print("\n\n".join(tables) or f"No resources found in {rehearsal.namespace} namespace.")
 
 
 def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
@@ -248,21 +242,21 @@ def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
             restarts = f"{pod.restarts} ({age(pod.died)} ago)" if pod.restarts else "0"
             yield [pod.name, f"{pod.ready:d}/1", pod.status, restarts, age(pod.born)]
     elif kind == "deployments":
-        for name in rehearsal.named("Deployment"):
+        for name in rehearsal.objects["Deployment"]:
             (new, old), made = rehearsal.live_pods(name), age(rehearsal.made["Deployment", name])
             ready = sum(pod.ready for pod in [*new, *old])
             available = sum(map(rehearsal.is_available, [*new, *old]))
             wanted = rehearsal.replicas(name)
             yield [name, f"{ready}/{wanted}", f"{len(new)}", f"{available}", made]
     elif kind == "services":
-        for name, each in rehearsal.named("Service").items():
+        for name, each in rehearsal.objects["Service"].items():
             spec, made = each["spec"], age(rehearsal.made["Service", name])
             own = "None" if spec.get("clusterIP") == "None" else "127.0.0.1"
             outside = "<pending>" if spec.get("type") == "LoadBalancer" else "<none>"
             ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
             yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
     elif kind == "endpointslices":
-        for name in rehearsal.named("Service"):
+        for name in rehearsal.objects["Service"]:
             port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
             addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
             number = f"{port_number(found[0].container, port)}" if found else "<unset>"
@@ -335,8 +329,7 @@ class Client:
 
     def answers(self, since: float = 0.0) -> list[tuple[float, str]]:
         """Return when answers came, as `time.time()`, and what they were: `version 1` ..."""
-        lines = self.notes.read_text().splitlines(keepends=True)
-        pairs = [line.strip().split(" ", 1) for line in lines if line.endswith("\n")]
+        pairs = re.findall(r"^(\S+) (.*)\n", self.notes.read_text(), re.MULTILINE)
         return [(float(when), what) for when, what in pairs if float(when) >= since]
 
     def is_well(self, since: float = 0.0) -> bool:

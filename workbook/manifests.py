@@ -15,17 +15,15 @@ Manifest = dict[str, Any]
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 # The fields that a rehearsal acts upon, and those that say where a pod runs and what it may do,
 # which mean nothing to a process. Below those with a star anything may stand.
-KNOWN = re.findall(
-    r"\S+",
+KNOWN = shlex.split(
     """apiVersion kind metadata* spec stringData* replicas selector* strategy type rollingUpdate
     maxSurge maxUnavailable minReadySeconds template automountServiceAccountToken dnsConfig*
-    enableServiceLinks
-    nodeSelector* securityContext* serviceAccountName terminationGracePeriodSeconds tolerations*
-    topologySpreadConstraints* volumes emptyDir* containers name image imagePullPolicy command args
-    ports* resources* volumeMounts mountPath env value valueFrom resourceFieldRef resource
-    secretKeyRef key lifecycle preStop sleep seconds startupProbe readinessProbe livenessProbe
-    httpGet path grpc port periodSeconds timeoutSeconds failureThreshold clusterIP
-    loadBalancerSourceRanges*""",
+    enableServiceLinks nodeSelector* securityContext* serviceAccountName tolerations*
+    terminationGracePeriodSeconds topologySpreadConstraints* volumes emptyDir* containers name image
+    imagePullPolicy command args ports* resources* volumeMounts mountPath env value valueFrom
+    resourceFieldRef resource secretKeyRef key lifecycle preStop sleep seconds startupProbe
+    readinessProbe livenessProbe httpGet path grpc port periodSeconds timeoutSeconds
+    failureThreshold clusterIP loadBalancerSourceRanges*"""
 )
 # What some of them may not hold.
 REFUSED = re.compile(
@@ -130,10 +128,7 @@ def port_number(container: Manifest, port: int | str | None = None) -> int:
 
 
 def environment(container: Manifest, read_object: Callable[[str, str], Manifest]) -> dict[str, str]:
-    """Return the environment that a manifest asks for; ValueError if a Secret lacks a part.
-
-    `read_object` returns an object by its kind and name.
-    """
+    """Return the environment that a manifest asks for; ValueError if a Secret lacks a part."""
     found = {}
     for each in container.get("env", []):
         found[each["name"]] = each.get("value") or ""

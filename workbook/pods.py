@@ -124,8 +124,7 @@ class Pod:
         if "startupProbe" not in self.container:
             started.set()
         for kind in self.container.keys() & PROBES:
-            arguments = (kind, self.container[kind], process, started)
-            threading.Thread(target=self._probe, args=arguments, daemon=True).start()
+            threading.Thread(target=self._probe, args=(kind, process, started), daemon=True).start()
         while process.poll() is None and not self.ending.wait(TICK_SECONDS / 2):
             if started.is_set() and "readinessProbe" not in self.container:
                 self.ready = True
@@ -152,10 +151,11 @@ class Pod:
 
     # --- Its probes -------------------------------------------------------------------------------
 
-    def _probe(
-        self, kind: str, spec: Manifest, process: subprocess.Popen, started: threading.Event
-    ) -> None:
+    def _probe(self, kind: str, process: subprocess.Popen, started: threading.Event) -> None:
         """Execute a probe with its period and thresholds, for as long as this process lives."""
+        spec, failures = self.container[kind], 0
+        check = check_http if "httpGet" in spec else check_grpc
+        action = spec.get("httpGet") or spec["grpc"]
 
         def over() -> bool:
             return process.poll() is not None or self.ending.is_set()
@@ -163,8 +163,6 @@ class Pod:
         while kind != "startupProbe" and not started.wait(TICK_SECONDS):
             if over():
                 return
-        check = check_http if "httpGet" in spec else check_grpc
-        action, failures = spec.get("httpGet") or spec["grpc"], 0
         while not over():
             problem = check(action, self.address(action["port"]), spec.get("timeoutSeconds", 1))
             if over():

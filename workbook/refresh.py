@@ -10,12 +10,13 @@ from pathlib import Path
 
 import nbformat
 
-from workbook.run import ROOT, choose, end_on_signals, execute, lessons
+from workbook.execute import ROOT, end_on_signals, lessons
+from workbook.run import choose, execute_all
 
 
 def refresh(notebook: Path, folder: Path) -> str:
     """Execute a notebook and write its outputs into it; return what went wrong, if anything."""
-    outcome = execute(notebook, folder)
+    (outcome,) = execute_all([notebook], folder)
     if outcome.error:
         return outcome.error
     source = nbformat.read(notebook, as_version=4)

@@ -1,9 +1,8 @@
 """Rehearse Kubernetes manifests without a cluster: their pods, as processes of this machine.
 
-A `Rehearsal` does to each Deployment's pods what a cluster would do: it runs their commands with
-their variables, executes their probes, starts again what has died, scales, and rolls out changes
-step by step. It is no cluster: NOT_SHOWN says what is missing. What it cannot do as a cluster does,
-it refuses.
+A `Rehearsal` runs the commands of a Deployment's pods with their variables, executes their probes,
+starts again what has died, scales, and rolls out changes step by step. It is no cluster: NOT_SHOWN
+says what is missing. What it cannot do as a cluster does, it refuses.
 """
 
 import copy
@@ -21,8 +20,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Rehearsal:
     def __init__(self, namespace: str = "default", images: dict[str, Image] | None = None):
         self.namespace, self.images = namespace, images or {}
         self.id, self.folder = secrets.token_hex(4), Path(tempfile.mkdtemp(prefix="rehearsal-"))
-        self.objects: dict[tuple[str, str], Manifest] = {}
+        self.objects = defaultdict[str, dict[str, Manifest]](dict)  # by kind and name
         self.made: dict[tuple[str, str], float] = {}
         self.revisions: dict[str, list[Manifest]] = {}
         self.all_pods: list[Pod] = []
@@ -82,17 +83,12 @@ class Rehearsal:
             proxy.close()
         for claim in self.claims.values():
             claim.close()
-        assert self.reaper.stdin is not None
-        self.reaper.stdin.close()
-        self.reaper.wait(timeout=60)
+        self.reaper.communicate(timeout=60)  # closes its input, and waits for its end
 
     # --- What kubectl asks for --------------------------------------------------------------------
 
     def apply(self, objects: list[Manifest]) -> None:
-        """Add or change objects; ValueError if one asks for what a rehearsal cannot do.
-
-        A Deployment whose pod template changes is rolled out.
-        """
+        """Add or change objects; ValueError if one asks for what a rehearsal cannot do."""
         for each in objects:
             if each["kind"] in ("Deployment", "Service", "Secret"):
                 manifests.refuse_unknown(each)
@@ -102,7 +98,7 @@ class Rehearsal:
                 if kind == "Deployment":
                     history, now = self.revisions.get(name, []), each["spec"]["template"]
                     self.revisions[name] = [old for old in history if old != now] + [now]
-                self.objects[kind, name] = each
+                self.objects[kind][name] = each
                 self.made.setdefault((kind, name), time.monotonic())
 
     def change(self, deployment: str, change: Callable[[Manifest], object]) -> None:
@@ -127,8 +123,7 @@ class Rehearsal:
             else:
                 how = f"{ready} of {wanted} updated replicas are available"
             if how != said:
-                what = f'deployment "{deployment}" rollout to finish'
-                print(f"Waiting for {what}: {how}...", flush=True)
+                print(f'Waiting for deployment "{deployment}" rollout to finish: {how}...')
             said = how
             time.sleep(TICK_SECONDS)
         raise TimeoutError("timed out waiting for the condition")
@@ -155,16 +150,13 @@ class Rehearsal:
             raise ValueError(f"no pod of the Service {service} is ready")
         if local_port in self.proxies:
             self.proxies.pop(local_port).close()
-        require_free_ports(*filter(None, [local_port]))
+        require_free_ports(local_port)
         proxy = Proxy(lambda: ready[0].address(target), local_port)
         self.proxies[proxy.server_address[1]] = proxy
         return proxy.server_address[1]
 
     def expose(self, service: str, port: int | str | None = None) -> int:
-        """Return a port of this machine that sends each connection to some ready pod of a Service.
-
-        It does what kube-proxy does on every node, and learns of changes as late.
-        """
+        """Return a port whose connections go to ready pods of a Service, as kube-proxy has them."""
         target = self.target_port(service, port)
 
         def choose() -> str:
@@ -190,20 +182,16 @@ class Rehearsal:
             return found[0]
         raise ValueError(f'pods "{name}" not found')
 
-    def named(self, kind: str) -> dict[str, Manifest]:
-        """Return the objects of a kind, by name."""
-        return {name: each for (k, name), each in self.objects.items() if k == kind}
-
     def object(self, kind: str, name: str) -> Manifest:
         """Return an object by its kind and name."""
-        if (kind, name) not in self.objects:
+        if name not in self.objects[kind]:
             group = ".apps" if kind == "Deployment" else ""
             raise ValueError(f'{kind.lower()}s{group} "{name}" not found')
-        return self.objects[kind, name]
+        return self.objects[kind][name]
 
     def replicas(self, deployment: str) -> int:
         """Return how many pods there shall be: without replicas, an autoscaler's least number."""
-        scalers = [each["spec"] for each in self.named("HorizontalPodAutoscaler").values()]
+        scalers = [each["spec"] for each in self.objects["HorizontalPodAutoscaler"].values()]
         own = [each for each in scalers if each["scaleTargetRef"]["name"] == deployment]
         least = own[0].get("minReplicas", 1) if own else 1
         return self.object("Deployment", deployment)["spec"].get("replicas", least)
@@ -235,7 +223,7 @@ class Rehearsal:
     def _templates_behind(self, service: str) -> dict[str, Manifest]:
         """Return the pod templates that a Service selects, by the names of their Deployments."""
         selector = self.object("Service", service)["spec"]["selector"].items()
-        templates = {n: d["spec"]["template"] for n, d in self.named("Deployment").items()}
+        templates = {n: d["spec"]["template"] for n, d in self.objects["Deployment"].items()}
         return {n: t for n, t in templates.items() if selector <= t["metadata"]["labels"].items()}
 
     # --- The controllers --------------------------------------------------------------------------
@@ -244,10 +232,12 @@ class Rehearsal:
         for number in itertools.count():
             with self.lock:
                 self.all_pods = self.pods()
-                for name in self.named("Deployment"):
+                for name in self.objects["Deployment"]:
                     self._reconcile(name)
                 if number % ENDPOINTS_TICKS == 0:
-                    self.endpoints = {name: self.ready_pods(name) for name in self.named("Service")}
+                    self.endpoints = {
+                        name: self.ready_pods(name) for name in self.objects["Service"]
+                    }
             if self.over.wait(TICK_SECONDS):
                 return
 
@@ -308,20 +298,20 @@ class Rehearsal:
 
     def _here(self, pod: Pod, words: list[str]) -> list[str]:
         """Replace the addresses, ports and paths of a cluster by those of this machine."""
-        names = "|".join(self.named("Service")) or "(?!)"
+        here = self.images[pod.image].paths | {"0.0.0.0": "127.0.0.1"}
+        here |= {str(number): str(own) for number, own in pod.ports.items()}
+        others = "|".join(map(re.escape, sorted(here, reverse=True)))  # /a/b before /a
+        names = "|".join(self.objects["Service"]) or "(?!)"
         end = rf"(?:\.{self.namespace}(?:\.svc(?:\.cluster\.local)?)?)?"
-        rules = {rf"(?:dns:///)?(?<![\w.-])(?P<service>{names}){end}:(?P<port>\d+)": ""}
-        for inside, here in sorted(self.images[pod.image].paths.items(), reverse=True):
-            rules[re.escape(inside) + r"(?![\w.-])"] = here
-        rules[r"(?<![\d.])0\.0\.0\.0(?![\d.])"] = "127.0.0.1"
-        rules |= {rf"(?<![\w.]){number}(?!\w)": str(own) for number, own in pod.ports.items()}
+        service = rf"(?:dns:///)?(?<!-)(?P<service>{names}){end}:(?P<port>\d+)"
 
         def replace(match: re.Match[str]) -> str:
             if match["service"]:
                 return self._service_address(match["service"], int(match["port"]))
-            return next(new for old, new in rules.items() if re.fullmatch(old, match[0]))
+            return here[match[0]]
 
-        return [re.sub("|".join(rules), replace, word) for word in words]
+        whole = re.compile(rf"(?<![\w.])(?:{service}|{others})(?![\w.-])")
+        return [whole.sub(replace, word) for word in words]
 
     def _service_address(self, name: str, port: int) -> str:
         """Return what stands for `name:port` here: all slots of its pods, or a balanced port."""
@@ -362,27 +352,23 @@ class Proxy(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def finish_request(self, request: Any, client_address: object) -> None:
-        """Carry what one side sends to the other, until both have said all."""
+        """Carry what one side sends to the other, its end included, until both have said all."""
         host, port = self.choose().split(":")
-        with suppress(OSError), socket.create_connection((host, int(port))) as other:
-            answers = threading.Thread(target=pass_on, args=(other, request), daemon=True)
-            answers.start()
-            pass_on(request, other)
-            answers.join()
+        with suppress(OSError), socket.create_connection((host, int(port))) as pod:
+            other = {request: pod, pod: request}
+            while other:
+                ready: list[Any] = wait([*other])
+                for source in ready:
+                    if data := source.recv(65536):
+                        with suppress(OSError):  # a server may answer before it has read all
+                            other[source].sendall(data)
+                    else:
+                        other.pop(source).shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Take no more connections."""
         self.shutdown()
         self.server_close()
-
-
-def pass_on(source: socket.socket, target: socket.socket) -> None:
-    """Pass on what one side sends, its end included."""
-    with suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
 
 
 if __name__ == "__main__":

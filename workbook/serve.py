@@ -16,7 +16,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 import description
-from workbook.run import MODEL, ROOT, end_on_signals, execute, free_ports, lessons
+from workbook.execute import ROOT, end_on_signals, lessons
+from workbook.run import MODEL, execute_all, free_ports
 
 LOGS = ROOT / "build" / "serve"
 PORTS = {"GRPC_PORT": 8500, "REST_PORT": 8501, "GATEWAY_PORT": 9696, "METRICS_PORT": 9697}
@@ -99,7 +100,8 @@ def main() -> int:
     try:
         if base_path == MODEL.parent and not MODEL.is_dir():
             print("There is no build/clothing-model yet: notebook 01 makes it.", flush=True)
-            made = execute(lessons(ROOT / "notebooks")[0], ROOT / "build" / "workbook")
+            first = lessons(ROOT / "notebooks")[:1]
+            (made,) = execute_all(first, ROOT / "build" / "workbook")
             if made.error:
                 print(f"{made.notebook} failed: {made.error}", file=sys.stderr)
                 return 1
@@ -128,6 +130,7 @@ def serve(base_path: Path) -> None:
         *(sys.executable, "-m", "model_server"),
         *(f"--port={ports['GRPC_PORT']}", f"--rest_api_port={ports['REST_PORT']}"),
         *(f"--model_name={base_path.name}", f"--model_base_path={base_path}"),
+        "--prefer_tflite_model=true",
     ]
     gunicorn = [
         *(sys.executable, "-m", "gunicorn"),

@@ -1,7 +1,7 @@
-"""Model servers that are forked where TensorFlow is loaded, so that no start imports it again.
+"""Model servers that are forked where what they import is loaded.
 
-Each is a process of its own and runs what ``python -m model_server`` runs. It saves three seconds
-of CPU. How that command itself starts is tested with the command.
+Each is a process of its own and runs what ``python -m model_server`` runs. It saves a second of
+CPU. How that command itself starts is tested with the command.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ from helpers.basics import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [f"model_server.{name}" for name in ("grpc_api", "manager", "rest_api", "servable", "warmup")]
+    [f"model_server.{name}" for name in ("grpc_api", "lite_model", "manager", "rest_api", "warmup")]
 )
 
 

@@ -133,7 +133,7 @@ class Namespace:
             self.inside(
                 *(sys.executable, "-m", "model_server", "--model_name=clothing-model"),
                 *(f"--port={grpc_port}", f"--rest_api_port={rest_port}"),
-                f"--model_base_path={model}",
+                *(f"--model_base_path={model}", "--prefer_tflite_model"),
             ),
             http="",
         )

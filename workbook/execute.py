@@ -1,0 +1,288 @@
+"""Execute one lesson and turn it into a page: `python -m workbook.execute NOTEBOOK FOLDER`.
+
+It prints a line of JSON for each code cell that has run, and then one with the outcome.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import nbformat
+import papermill
+import psutil
+from nbclient.exceptions import DeadKernelError
+from nbconvert import HTMLExporter
+from nbconvert.filters import strip_ansi
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from workbook.engine import docker
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATES = Path(__file__).with_name("templates")
+MARK = uuid.uuid4().hex
+
+
+@dataclass
+class Outcome:
+    """What became of one notebook: `outcome` is `done`, `failed` or `not run`.
+
+    `engine` and `prediction` come from the lines that it printed, such as `engine: docker`.
+    """
+
+    notebook: str
+    title: str
+    cells: int
+    engine: str = "–"
+    prediction: str = ""
+    seconds: float = 0.0
+    outcome: str = "not run"
+    error: str = ""
+
+    @property
+    def number(self) -> str:
+        """The lesson's number, such as `04`; a bonus lesson has that of the lesson it adds to."""
+        return self.notebook[:2] + (" bonus" if "-bonus-" in self.notebook else "")
+
+
+def lessons(folder: Path) -> list[Path]:
+    """Return the notebooks of a folder in their order, a bonus lesson after that of its number."""
+    found = folder.glob("[0-9][0-9]-*.ipynb")
+    return sorted(found, key=lambda path: (path.name[:2], "-bonus-" in path.name, path.name))
+
+
+def ports_of(notebook: Path) -> dict[str, int]:
+    """Return names and values of the parameters of a notebook that are ports."""
+    known = papermill.inspect_notebook(str(notebook))
+    return {name: int(it["default"]) for name, it in known.items() if name.endswith("_PORT")}
+
+
+def started() -> list[psutil.Process]:
+    """Return the processes that descend from this one, the servers of a notebook included.
+
+    A kernel leads a session of its own, so neither Ctrl-C nor the kernel's end reaches the
+    servers that a notebook has started; but all of them inherit the mark in their environment.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get("WORKBOOK_RUN") == MARK:
+                found.append(process)
+    return found
+
+
+def end_started() -> None:
+    """End every process that this one has started."""
+    ending = started()
+    for process in ending:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(ending, timeout=10)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def on_the_engine(number: str, ports: Iterable[int]) -> list[tuple[str, str]]:
+    """Return kind and name of everything that a lesson has on the Docker engine.
+
+    Names tell: they begin with `lesson-04` or `lesson04`. A port may follow; if it is none of the
+    lesson's own, somebody else runs the same lesson at the same time.
+    """
+    if shutil.which("docker") is None:
+        return []
+    own = "|".join(map(str, ports)) or "none"
+    name = re.compile(rf"lesson-?{number}(-({own}))?([-_]\D.*)?")
+    listed = [
+        ("container", docker("container", "ls", "--all", "--format={{.Names}}")),
+        ("network", docker("network", "ls", "--format={{.Name}}")),
+        ("volume", docker("volume", "ls", "--format={{.Name}}")),
+    ]
+    return [(kind, word) for kind, text in listed for word in text.split() if name.fullmatch(word)]
+
+
+def left_behind(number: str, ports: Iterable[int]) -> str:
+    """Say what is still there five seconds after a lesson's last cell, or return nothing.
+
+    The kernel is still there, too, as it is for a reader. A kernel that ends would take most of
+    what it has started with it.
+    """
+    deadline = time.monotonic() + 5
+    while True:
+        servers = [process for process in started() if process.ppid() != os.getpid()]
+        if not servers or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    found = [f"{kind} {name}" for kind, name in on_the_engine(number, ports)]
+    for process in servers:
+        with suppress(psutil.Error):
+            found.append(f"process {process.pid} ({' '.join(process.cmdline())[:200]})")
+    return f"it left behind: {'; '.join(found)}" if found else ""
+
+
+def end_on_signals() -> None:
+    """Raise one KeyboardInterrupt on Ctrl-C, SIGTERM or a closed terminal, however often sent."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                child.terminate()
+        end_started()
+        raise KeyboardInterrupt
+
+    for each in signals:
+        signal.signal(each, interrupt)
+
+
+@contextmanager
+def chatter_to(log: Path) -> Iterator[TextIO]:
+    """Send what kernels and libraries print outside the notebook to a file; yield our output."""
+    ours = os.dup(1), os.dup(2)
+    try:
+        with log.open("ab") as file, os.fdopen(os.dup(1), "w") as output:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            yield output
+    finally:
+        for number, saved in enumerate(ours, 1):
+            os.dup2(saved, number)
+            os.close(saved)
+
+
+def look_at(notebook: Path) -> Outcome:
+    """Read what a notebook is called and how many code cells it has, without running it."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    heading = re.search(r"^# (.+)$", cells[0].source, re.MULTILINE) if cells else None
+    count = sum(cell.cell_type == "code" for cell in cells)
+    return Outcome(notebook.stem, heading[1] if heading else notebook.stem, count)
+
+
+def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Outcome:
+    """Execute a notebook at the repository's root; write the result and its page into a folder.
+
+    Args:
+        notebook: the `.ipynb` file, which stays as it is.
+        folder: where the executed notebook and the HTML page go.
+        parameters: values for the parameters that this notebook has.
+
+    Returns:
+        What became of it. It has `failed` when a cell raises, and also when it leaves a process
+        running, or something of its own on the Docker engine; all that is then removed.
+    """
+    outcome = look_at(notebook)
+    executed = folder / notebook.name
+    folder.mkdir(parents=True, exist_ok=True)
+    ports = {name: parameters.get(name, port) for name, port in ports_of(notebook).items()}
+    ids = [cell.id for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+
+    os.environ["WORKBOOK_RUN"] = MARK
+    # This environment's own kernel, whatever else is called python3 on the machine.
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix, "share", "jupyter"))
+    # None of the files that IPython runs at its start for this user.
+    os.environ["IPYTHONDIR"] = str(ROOT / "build" / "ipython")
+    os.environ.pop("PYTHONSTARTUP", None)
+    start = time.monotonic()
+    try:
+        with chatter_to(folder / "kernels.log") as output:
+
+            def look_after(cell: nbformat.NotebookNode, **_: object) -> None:
+                if cell.id in ids:  # and not the one that papermill adds
+                    print(json.dumps({"cell": cell.id}), file=output, flush=True)
+                if cell.id == ids[-1]:
+                    outcome.error = left_behind(notebook.name[:2], ports.values())
+
+            papermill.execute_notebook(
+                notebook,
+                executed,
+                parameters,
+                cwd=ROOT,
+                coalesce_streams=True,
+                on_cell_executed=look_after,
+                config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+                progress_bar=False,
+            )
+        outcome.outcome = "failed" if outcome.error else "done"
+    except PapermillExecutionError as error:
+        outcome.outcome, outcome.error = "failed", describe(error)
+    except DeadKernelError:
+        outcome.outcome, outcome.error = "failed", "the kernel died, perhaps for want of memory"
+    except RuntimeError as error:  # of Jupyter, before the first cell
+        log = os.path.relpath(folder / "kernels.log")
+        outcome.outcome, outcome.error = "failed", f"no kernel starts ({error}); see {log}"
+    finally:
+        end_started()
+        for kind, name in on_the_engine(notebook.name[:2], ports.values()):
+            docker(kind, "rm", *(["--force", "--volumes"] if kind == "container" else []), name)
+        del os.environ["WORKBOOK_RUN"]
+    outcome.seconds = time.monotonic() - start
+    node = nbformat.read(executed, as_version=4)
+    outcome.engine = last_line(node, "engine: ") or "–"
+    outcome.prediction = last_line(node, "prediction: ")
+    html = page(node, notebook.parent, folder, outcome.title)
+    executed.with_suffix(".html").write_text(html, encoding="utf-8")
+    return outcome
+
+
+def describe(error: PapermillExecutionError) -> str:
+    """Put a failed cell into a few lines: its number, its source, and what it raised."""
+    source = "\n".join(f"    {line}" for line in error.source.splitlines())
+    message = "\n".join(strip_ansi(f"{error.ename}: {error.evalue}").splitlines()[:8])
+    return f"cell [{error.exec_count}]\n\n{source}\n\nraised {message}"
+
+
+def last_line(node: nbformat.NotebookNode, start: str) -> str:
+    """Find the last printed line that begins with `start`, and give what follows it."""
+    printed = (
+        line
+        for cell in reversed(node.cells)
+        for output in reversed(cell.get("outputs", []))
+        for line in reversed(output.get("text", "").splitlines())
+    )
+    return next((line.removeprefix(start) for line in printed if line.startswith(start)), "")
+
+
+def page(node: nbformat.NotebookNode, source: Path, folder: Path, title: str) -> str:
+    """Make an executed notebook into one page that needs no other file and no network."""
+
+    def moved(link: re.Match) -> str:
+        target = Path(source, link[1])
+        is_lesson = target.suffix == ".ipynb"
+        return f"{target.stem}.html" if is_lesson else os.path.relpath(target, folder)
+
+    template = (TEMPLATES / "page.html.j2").read_text(encoding="utf-8")
+    exporter = HTMLExporter(raw_template=template, embed_images=True)
+    metadata = {"path": str(source), "name": title}
+    html, _ = exporter.from_notebook_node(node, {"metadata": metadata})
+    return re.sub(r'(?<=href=")(?!#|[a-z]+:)([^"#]+)', moved, html)
+
+
+def main() -> int:
+    """Run the command line; 0 when there is an outcome, even `failed`, 130 when interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("parameters", type=json.loads, nargs="?", default={}, help="as JSON")
+    end_on_signals()
+    try:
+        print(json.dumps({"outcome": asdict(execute(**vars(parser.parse_args())))}))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
