@@ -1,5 +1,6 @@
 """The measurements: that one command makes one report of everything. Nobody's speed is tested."""
 
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +36,10 @@ def test_a_target_is_reached_or_not(value: float, bounds: dict[str, float], verd
     assert Target("", {cell: value}, {cell: 1}, **bounds).verdict(cell) == verdict
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(
+    os.environ.get("SOAK_TESTS") != "1", reason="takes a minute; SOAK_TESTS=1 asks for it"
+)
 def test_one_command_writes_one_report_that_loads_nothing(
     clothing_model: Path, tmp_path: Path
 ) -> None:
