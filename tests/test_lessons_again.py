@@ -21,7 +21,7 @@ from nbclient.exceptions import CellExecutionError
 from test_own_model import KINDS, parameters_for, picture
 
 from workbook import servers
-from workbook.execute import ports_of
+from workbook.lesson import ports_of
 
 
 def again(test: Callable) -> Callable:

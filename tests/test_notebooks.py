@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from helpers.basics import ROOT
 
-from workbook.execute import lessons
+from workbook.lesson import lessons
 
 NOTEBOOKS = lessons(ROOT / "notebooks")
 MAIN = [path for path in NOTEBOOKS if "-bonus-" not in path.name]

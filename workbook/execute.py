@@ -8,15 +8,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import nbformat
@@ -29,69 +26,10 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from workbook.engine import docker
+from workbook.lesson import ROOT, Outcome, look_at, ports_of
+from workbook.processes import MARK, end_on_signals, end_started, started
 
-ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = Path(__file__).with_name("templates")
-MARK = uuid.uuid4().hex
-
-
-@dataclass
-class Outcome:
-    """What became of one notebook: `outcome` is `done`, `failed` or `not run`.
-
-    `engine` and `prediction` come from the lines that it printed, such as `engine: docker`.
-    """
-
-    notebook: str
-    title: str
-    cells: int
-    engine: str = "–"
-    prediction: str = ""
-    seconds: float = 0.0
-    outcome: str = "not run"
-    error: str = ""
-
-    @property
-    def number(self) -> str:
-        """The lesson's number, such as `04`; a bonus lesson has that of the lesson it adds to."""
-        return self.notebook[:2] + (" bonus" if "-bonus-" in self.notebook else "")
-
-
-def lessons(folder: Path) -> list[Path]:
-    """Return the notebooks of a folder in their order, a bonus lesson after that of its number."""
-    found = folder.glob("[0-9][0-9]-*.ipynb")
-    return sorted(found, key=lambda path: (path.name[:2], "-bonus-" in path.name, path.name))
-
-
-def ports_of(notebook: Path) -> dict[str, int]:
-    """Return names and values of the parameters of a notebook that are ports."""
-    known = papermill.inspect_notebook(str(notebook))
-    return {name: int(it["default"]) for name, it in known.items() if name.endswith("_PORT")}
-
-
-def started() -> list[psutil.Process]:
-    """Return the processes that descend from this one, the servers of a notebook included.
-
-    A kernel leads a session of its own, so neither Ctrl-C nor the kernel's end reaches the
-    servers that a notebook has started; but all of them inherit the mark in their environment.
-    """
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get("WORKBOOK_RUN") == MARK:
-                found.append(process)
-    return found
-
-
-def end_started() -> None:
-    """End every process that this one has started."""
-    ending = started()
-    for process in ending:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    for process in psutil.wait_procs(ending, timeout=10)[1]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def on_the_engine(number: str, ports: Iterable[int]) -> list[tuple[str, str]]:
@@ -131,23 +69,6 @@ def left_behind(number: str, ports: Iterable[int]) -> str:
     return f"it left behind: {'; '.join(found)}" if found else ""
 
 
-def end_on_signals() -> None:
-    """Raise one KeyboardInterrupt on Ctrl-C, SIGTERM or a closed terminal, however often sent."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        for child in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess):
-                child.terminate()
-        end_started()
-        raise KeyboardInterrupt
-
-    for each in signals:
-        signal.signal(each, interrupt)
-
-
 @contextmanager
 def chatter_to(log: Path) -> Iterator[TextIO]:
     """Send what kernels and libraries print outside the notebook to a file; yield our output."""
@@ -161,14 +82,6 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
         for number, saved in enumerate(ours, 1):
             os.dup2(saved, number)
             os.close(saved)
-
-
-def look_at(notebook: Path) -> Outcome:
-    """Read what a notebook is called and how many code cells it has, without running it."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    heading = re.search(r"^# (.+)$", cells[0].source, re.MULTILINE) if cells else None
-    count = sum(cell.cell_type == "code" for cell in cells)
-    return Outcome(notebook.stem, heading[1] if heading else notebook.stem, count)
 
 
 def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Outcome:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import nbformat
 
-from workbook.execute import ROOT, end_on_signals, lessons
+from workbook.lesson import ROOT, lessons
+from workbook.processes import end_on_signals
 from workbook.run import choose, execute_all
 
 

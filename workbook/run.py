@@ -12,17 +12,18 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import nbformat
 from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from workbook.engine import docker, wanted_engine
-from workbook.execute import ROOT, TEMPLATES, Outcome, end_on_signals, lessons, look_at, ports_of
+from workbook.lesson import ROOT, Outcome, lessons, look_at, ports_of, read
+from workbook.processes import end_on_signals
 from workbook.servers import is_busy
 
 MODEL = ROOT / "build" / "clothing-model" / "1"
+TEMPLATES = Path(__file__).with_name("templates")
 # Without containers or a cluster, most lessons wait more than they compute.
 SIDE_BY_SIDE = 3
 
@@ -94,7 +95,7 @@ def execute_all(notebooks: list[Path], folder: Path, jobs: int = 1) -> Iterator[
 def may_join(notebook: Path, at_work: list[Path]) -> bool:
     """Say whether a lesson may run beside these; with `alone` in its metadata, beside none."""
     both = [notebook, *at_work]
-    return not at_work or not any(nbformat.read(n, 4).metadata.get("alone") for n in both)
+    return not at_work or not any(read(n)["metadata"].get("alone") for n in both)
 
 
 def execute_apart(

@@ -16,7 +16,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 import description
-from workbook.execute import ROOT, end_on_signals, lessons
+from workbook.lesson import ROOT, lessons
+from workbook.processes import end_on_signals
 from workbook.run import MODEL, execute_all, free_ports
 
 LOGS = ROOT / "build" / "serve"

@@ -1,0 +1,52 @@
+"""The processes of a run: all that descend from it, and how they end."""
+
+import signal
+import uuid
+from contextlib import suppress
+from types import FrameType
+
+import psutil
+
+MARK = uuid.uuid4().hex
+
+
+def started() -> list[psutil.Process]:
+    """Return the processes that descend from this one, the servers of a notebook included.
+
+    A kernel leads a session of its own, so neither Ctrl-C nor the kernel's end reaches the
+    servers that a notebook has started; but all of them inherit the mark in their environment.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get("WORKBOOK_RUN") == MARK:
+                found.append(process)
+    return found
+
+
+def end_started() -> None:
+    """End every process that this one has started."""
+    ending = started()
+    for process in ending:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(ending, timeout=10)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def end_on_signals() -> None:
+    """Raise one KeyboardInterrupt on Ctrl-C, SIGTERM or a closed terminal, however often sent."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                child.terminate()
+        end_started()
+        raise KeyboardInterrupt
+
+    for each in signals:
+        signal.signal(each, interrupt)
