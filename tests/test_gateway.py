@@ -46,6 +46,7 @@ def draw(size: tuple[int, int] = (60, 45), mode: str = "RGB") -> Image.Image:
 
 
 PICTURE = encode(draw())
+BOMB = gzip.compress(bytes(50_000_000))
 
 
 class PictureHost(WebHost):
@@ -118,7 +119,7 @@ class PictureHost(WebHost):
                 except OSError:
                     pass
             case "bomb":
-                self.answer(200, gzip.compress(bytes(50_000_000)), Content_Encoding="gzip")
+                self.answer(200, BOMB, Content_Encoding="gzip")
             case "endless-redirect":
                 self.send_response(302)
                 self.send_header("Location", "/picture.png")
