@@ -5,6 +5,8 @@ import threading
 import time
 import warnings
 from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -54,8 +56,48 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-# One picture at a time has its pixels in memory: those of the largest take up to 0.5 GB.
-decoder = threading.Lock()
+
+
+class Room:
+    """Room in memory for so many pixels of pictures that are decoded at the same time.
+
+    Those of the largest picture take up to 0.5 GB, and many small ones together no more. Who waits
+    first gets room first, so that small pictures do not keep a large one waiting.
+    """
+
+    def __init__(self, pixels: int):
+        self.left = pixels
+        self.entrance = threading.Lock()
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def enter(self, deadline: float) -> Iterator[None]:
+        """Let one thread at a time look at its picture and take room; raise Problem in time."""
+        if not self.entrance.acquire(timeout=max(0, deadline - time.monotonic())):
+            raise Problem(503, "too-busy", TOO_MANY)
+        try:
+            yield
+        finally:
+            self.entrance.release()
+
+    @contextmanager
+    def take(self, pixels: int, deadline: float) -> Iterator[None]:
+        """Hold room for so many pixels; raise Problem where there is none until the deadline."""
+        with self.changed:
+            seconds = max(0, deadline - time.monotonic())
+            if not self.changed.wait_for(lambda: self.left >= pixels, seconds):
+                raise Problem(503, "too-busy", TOO_MANY)
+            self.left -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += pixels
+                self.changed.notify_all()
+
+
+TOO_MANY = "Too many large pictures at a time; try again soon."
+room = Room(IMAGE_MAX_PIXELS)
 
 
 class CountingFile(BytesIO):
@@ -123,19 +165,41 @@ def turn(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def decode(
-    file: bytes, largest: tuple[int, int], exactly: bool, resampling: Image.Resampling
-) -> Image.Image:
-    """Return what a file shows as RGB, upright, on white and shrunk; raise what Pillow raises."""
-    # Some files would take minutes: a JPEG of very many passes over all pixels, or a file of very
-    # many small parts that are each unpacked to a megabyte. Real pictures have a few of each.
+def check_parts(file: bytes) -> None:
+    """Raise ValueError for a file that would take minutes.
+
+    Such are a JPEG of very many passes over all pixels, and a file of very many small parts that
+    are each unpacked to a megabyte. Real pictures have a few of each.
+    """
     is_jpeg = file.startswith(JPEG_START)
     parts = (b"\xff\xda", b"Exif\0\0") if is_jpeg else (b"iCCP", b"Exif\0\0")
     if any(has_many(file, part) for part in parts):
         raise ValueError("too many parts")
-    image = open_picture(file)
-    if image.width * image.height > IMAGE_MAX_PIXELS:
-        raise RequestEntityTooLarge
+
+
+def admit(file: bytes, deadline: float, held: ExitStack) -> Image.Image:
+    """Return what a file declares as soon as there is room for its pixels, which `held` then has.
+
+    A JPEG says how large it is before any memory is taken for it. Other formats take memory when
+    they are opened, so each of them has all the room for itself.
+    """
+    with room.enter(deadline):
+        is_jpeg = file.startswith(JPEG_START)
+        if not is_jpeg:
+            held.enter_context(room.take(IMAGE_MAX_PIXELS, deadline))
+        check_parts(file)
+        image = open_picture(file)
+        if image.width * image.height > IMAGE_MAX_PIXELS:
+            raise RequestEntityTooLarge
+        if is_jpeg:
+            held.enter_context(room.take(image.width * image.height, deadline))
+        return image
+
+
+def decode(
+    image: Image.Image, largest: tuple[int, int], exactly: bool, resampling: Image.Resampling
+) -> Image.Image:
+    """Return a picture as RGB, upright, on white and shrunk; raise what Pillow raises."""
     image = turn(image)
     deep = image.mode[0] in "IF"  # more than eight bits a value, of which Pillow keeps the lowest
     top = 65535 if image.mode.startswith("I;16") else image.getextrema()[1] if deep else 255
@@ -171,22 +235,18 @@ def read_picture(
 ) -> Image.Image:
     """Return a picture as RGB, upright and on white; raise Problem (413, 415, or 503).
 
-    It has this (width, height), or at most this and its own proportions. One picture is decoded
-    at a time; others wait for it until the deadline, in seconds of `time.monotonic()`.
+    It has this (width, height), or at most this and its own proportions. Pictures that have no
+    room beside others wait for it until the deadline, in seconds of `time.monotonic()`.
     """
     if len(file) > IMAGE_MAX_BYTES:
         raise RequestEntityTooLarge
-    left = deadline - time.monotonic()
-    if left < 0 or not decoder.acquire(timeout=left):
-        raise Problem(503, "too-busy", "Too many large pictures at a time; try again soon.")
-    try:
-        return decode(file, size, exactly, resampling)
-    except RequestEntityTooLarge:
-        raise
-    except Exception:  # broken files make Pillow raise many kinds of error, which hold its pixels
-        start = file[:1024].lower()
-    finally:
-        decoder.release()
+    with ExitStack() as held:
+        try:
+            return decode(admit(file, deadline, held), size, exactly, resampling)
+        except HTTPException:
+            raise
+        except Exception:  # broken files make Pillow raise many kinds of error, with their pixels
+            start = file[:1024].lower()
     raise Problem(415, "not-a-picture", describe_start(start))
 
 

@@ -7,11 +7,13 @@ import base64
 import functools
 import io
 import itertools
+import queue
 import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -745,12 +747,42 @@ def test_the_file_name_means_nothing(gateway, name):
         assert send(gateway, encode(SHOES, kind), name or "x")["top_class"] == "shoes"
 
 
-def test_many_large_pictures_at_once(gateway):
-    """The memory that they take, which bounded_memory looks at, is that of one."""
-    large = encode(cut_out().resize((2000, 2000)), "PNG", compress_level=1)
+@pytest.mark.parametrize(
+    ("kind", "side", "options"),
+    [("PNG", 2000, {"compress_level": 1}), ("JPEG", 1400, {"quality": 60})],
+)
+def test_many_large_pictures_at_once(gateway, kind, side, options):
+    """The memory that they take, which bounded_memory looks at, is that of the largest one."""
+    large = encode(cut_out().convert("RGB").resize((side, side)), kind, **options)
     with ThreadPoolExecutor(8) as clients:
         statuses = [*clients.map(lambda _: send(gateway, large)["status"], range(8))]
     assert statuses == [200] * 8
+
+
+def test_small_pictures_have_room_side_by_side_and_do_not_overtake_a_large_one():
+    room, soon = pictures.Room(100), time.monotonic() + 0.05
+    later = time.monotonic() + 20
+    took: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def large():
+        with ExitStack() as held:
+            with room.enter(later):
+                took.put("entered")
+                held.enter_context(room.take(90, later))
+            took.put("has room")
+
+    with ThreadPoolExecutor(1) as other:
+        with room.take(40, later), room.take(40, later):
+            other.submit(large)
+            assert took.get(timeout=20) == "entered"
+            with pytest.raises(pictures.Problem, match="Too many large"), room.enter(soon):
+                pass
+            assert room.left == 20 and took.empty()
+        assert took.get(timeout=20) == "has room"
+    assert room.left == 100
+    with pytest.raises(pictures.Problem), room.take(101, soon):
+        pass
+    assert room.left == 100
 
 
 def test_corpus_is_large_enough():
