@@ -287,11 +287,16 @@ def test_config_file_that_is_wrong_changes_nothing(
 def test_reload_request_is_refused(
     client: Client,
     models: Path,
+    config_file: Path,
     config: Callable[[Path], str],
     code: grpc.StatusCode,
     details: str,
 ) -> None:
+    good = config_file.read_text()
+    if code == Code.UNKNOWN:  # these models are looked for, until the file is read again
+        config_file.write_text(config(models))
     got = refused(lambda: client.reload(config(models)))
+    config_file.write_text(good)
     assert (got[0], got[1][: len(details)]) == (code, details)
     assert client.predict("first")[0] in (2, 3)
 
