@@ -40,7 +40,7 @@ workbook: setup
 	@$(PY) -m workbook.run --only $(ONLY)
 
 test: setup
-	@$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PY) -m pytest -n 6 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # .pre-commit-config.yaml has the same commands.
 lint: setup

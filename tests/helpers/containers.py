@@ -1,10 +1,14 @@
 """Dockerfiles, and what builds images of them and runs these as containers."""
 
+import fcntl
+import os
 import re
+import shutil
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import requests
@@ -61,6 +65,10 @@ def answer(url: str) -> bytes | None:
     return None
 
 
+def classify(url: str, picture: bytes, timeout: float = 60, **options) -> requests.Response:
+    return requests.post(f"{url}/predict", files={"file": picture}, timeout=timeout, **options)
+
+
 def wait_for(name: str, url: str, word: bytes = b"") -> None:
     """Poll an address of a container until its answer has this word."""
     try:
@@ -78,8 +86,33 @@ def stop(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def build() -> Iterator[Callable[..., str]]:
+def built_model(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
+    """The exported model where Dockerfiles look for it."""
+    folder = ROOT / "build/clothing-model"
+
+    def copy_unless_there(_: Path) -> None:
+        if not (folder / "1").exists():
+            shutil.copytree(request.getfixturevalue("clothing_model"), folder, dirs_exist_ok=True)
+
+    made_once("built-model", copy_unless_there)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gateway_image(build: Callable[..., str], built_model: Path) -> str:
+    return build("clothing-gateway", GATEWAY)
+
+
+@pytest.fixture(scope="session")
+def embedded_image(build: Callable[..., str], built_model: Path) -> str:
+    return build("clothing-model", EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """Build an image of a Dockerfile, and return its tag; all tags are removed in the end.
+
+    One worker of pytest-xdist builds at a time, and others find the layers in the engine's cache.
 
     Where no Docker engine answers, the tests are skipped that want something built.
     """
@@ -87,13 +120,17 @@ def build() -> Iterator[Callable[..., str]]:
     if chosen != "docker":
         pytest.skip(f"no container is run: {why}")
     tags: list[str] = []
+    folder = tmp_path_factory.getbasetemp()
+    lock = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "building.lock"
 
     def build(name: str, dockerfile: str, *arguments: str, stdin: str | None = None) -> str:
         tags.append(unique(name))
         # A Dockerfile from stdin comes alone, without the folder.
         files = ["-"] if stdin else [f"--file={dockerfile}", "."]
         command = ["build", "--force-rm", f"--tag={tags[-1]}", *MIRROR, *arguments, *files]
-        docker(*command, seconds=1800, stdin=stdin)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            docker(*command, seconds=1800, stdin=stdin)
         return tags[-1]
 
     yield build
