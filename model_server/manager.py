@@ -156,13 +156,15 @@ class Model:
         if not found and "saved_model.pb" in names:
             self._say(
                 f"{path} is itself a SavedModel: give the folder above it as --model_base_path, "
-                "and name this one by its version number"
+                "and name this one by its version number "
+                "(docs/troubleshooting.md#the-base-path-is-itself-a-savedmodel)"
             )
         elif not found:
             self._say(
                 f"no versions of model {self.name} found under base path {path}; waiting for a "
                 f"SavedModel in a folder named by its version number, such as {path / '1'} "
-                f"(there is: {', '.join(names) or 'nothing'})"
+                f"(there is: {', '.join(names) or 'nothing'}) "
+                "(docs/troubleshooting.md#no-versions-of-servable)"
             )
         return found
 

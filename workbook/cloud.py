@@ -43,6 +43,7 @@ def choose(agreed: object, wanted: str, images: tuple[str, ...]) -> cluster.Clus
     if obstacle:
         raise RuntimeError(
             f"AGREE_TO_COST is True, but {obstacle}. Mend that, or rehearse: set it to False."
+            " See docs/troubleshooting.md#something-is-missing-for-the-real-aws."
         )
     return cluster.Cluster("aws", "AGREE_TO_COST is True: from here on it costs money")
 

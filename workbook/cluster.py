@@ -69,7 +69,8 @@ def choose_cluster(
         if not answers(kubectl):
             raise RuntimeError(
                 f"WORKBOOK_CONTEXT names the cluster {context}, which does not answer:"
-                f" see what {kubectl} cluster-info says, or unset WORKBOOK_CONTEXT."
+                f" see what {kubectl} cluster-info says, or unset WORKBOOK_CONTEXT"
+                " (docs/troubleshooting.md#the-named-cluster-does-not-answer)."
             )
         why = f"WORKBOOK_CONTEXT names {context}"
         return within(namespace, Cluster("kubernetes", why, kubectl))
@@ -180,7 +181,8 @@ def load_command(image: str) -> str:
     if context := os.environ.get("WORKBOOK_CONTEXT"):
         raise RuntimeError(
             f"Say with IMAGE_LOADER how an image gets into {context}, for example"
-            f" IMAGE_LOADER='minikube image load' or 'k3d image import --cluster NAME'."
+            f" IMAGE_LOADER='minikube image load' or 'k3d image import --cluster NAME'"
+            " (docs/troubleshooting.md#no-way-for-an-image-into-the-cluster)."
         )
     if "io.containerd.snapshotter" in engine.docker("info", "--format", "{{.DriverStatus}}"):
         archive = f"build/{image.replace(':', '-')}.tar"

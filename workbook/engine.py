@@ -45,6 +45,7 @@ def settle_for_embedded(wanted: str, obstacle: str) -> tuple[str, str]:
     if wanted_engine(wanted) == "docker":
         raise RuntimeError(
             f"Docker was asked for, but {obstacle}; mend that, or take WORKBOOK_ENGINE=embedded."
+            " See docs/troubleshooting.md#docker."
         )
     return "embedded", obstacle
 

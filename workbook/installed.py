@@ -38,4 +38,5 @@ if __name__ == "__main__":
             f"On Python {platform.python_version()} not all of {sys.argv[1]} was installed:"
             f" {'; '.join(sentences)}. Try another Python: make clean, then"
             " make PYTHON=/path/to/python3 ..."
+            " (docs/troubleshooting.md#pipenv-has-skipped-a-package)"
         )

@@ -96,7 +96,7 @@ def require_free_ports(*ports: int) -> None:
             holder = listening.get(port, "a process of another user")
             raise RuntimeError(
                 f"Port {port} is in use by {holder}: end it, or choose another port in the cell"
-                " of parameters."
+                " of parameters (docs/troubleshooting.md#a-port-is-in-use)."
             )
 
 

@@ -14,11 +14,11 @@ fail() {
 
 explain() { # say why an installation failed, as far as its log tells
   if grep -qiE 'name resolution|name or service not known|nodename nor servname|connection (refused|reset)|connect timeout|network is unreachable|proxyerror|read timed out' "$log"; then
-    fail "PyPI cannot be reached: connect this machine to the network and run make again (what pip said: $log)."
+    fail "PyPI cannot be reached: connect this machine to the network and run make again (what pip said: $log; docs/troubleshooting.md#pypi-cannot-be-reached)."
   elif grep -q 'No space left' "$log"; then
-    fail "The disk is full: the installation needs about 3 GB (what pip said: $log)."
+    fail "The disk is full: the installation needs about 3 GB (what pip said: $log; docs/troubleshooting.md#the-disk-is-full)."
   elif grep -qE 'No matching distribution|not a supported wheel' "$log"; then
-    fail "PyPI has no package for this machine; TensorFlow needs Linux, or macOS on Apple silicon (what pip said: $log)."
+    fail "PyPI has no package for this machine; TensorFlow needs Linux, or macOS on Apple silicon (what pip said: $log; docs/troubleshooting.md#pypi-has-no-package-for-this-machine)."
   fi
   fail "The installation failed; $log says why."
 }
@@ -38,7 +38,7 @@ find_python() { # print the Python that PYTHON names, or else the first one that
   for candidate in python3.11 python3.12 python3.13 python3; do
     suits "$candidate" && return
   done
-  fail "No Python 3.11, 3.12 or 3.13 with its venv module was found: install one (Debian and Ubuntu: apt install python3-venv; macOS: brew install python@3.13), or name yours: make PYTHON=/path/to/python3 ..."
+  fail "No Python 3.11, 3.12 or 3.13 with its venv module was found: install one (Debian and Ubuntu: apt install python3-venv; macOS: brew install python@3.13), or name yours: make PYTHON=/path/to/python3 ... (docs/troubleshooting.md#no-python-that-suits)"
 }
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
