@@ -197,7 +197,7 @@ def test_services_and_their_endpoints_are_listed_as_kubectl_does(
 def test_every_cluster_has_the_service_of_its_api(say: Say, kubectl: Kubectl) -> None:
     command = "get services --namespace default"
     assert [cells(say(command))] == [cells(recorded(command)[0])]
-    spec = kubectl.read("Service", "kubernetes", "default")["spec"]
+    spec = kubectl.object("service", "kubernetes", "default")["spec"]
     assert (spec["type"], spec["clusterIP"]) == ("ClusterIP", "10.96.0.1")
 
 
@@ -209,7 +209,7 @@ def test_an_autoscaler_knows_nothing_before_something_measures(say: Say, kubectl
     assert [say(first)] == recorded(first)
     assert [say(again, check=False)] == recorded(again)
     assert cells(say("get hpa")) == cells(recorded("get hpa")[0])
-    assert kubectl.read("HorizontalPodAutoscaler", "app")["status"] == {"currentReplicas": 1}
+    assert kubectl.object("horizontalpodautoscaler", "app")["status"] == {"currentReplicas": 1}
 
 
 def test_an_autoscaler_adds_pods_under_load_up_to_its_most(
@@ -227,11 +227,11 @@ def test_an_autoscaler_adds_pods_under_load_up_to_its_most(
     def reached_under_load() -> bool:
         for _ in range(200):
             requests.get(f"http://127.0.0.1:{port}/ping", timeout=10)
-        return kubectl.read("HorizontalPodAutoscaler", "app")["status"]["currentReplicas"] == 3
+        return kubectl.object("horizontalpodautoscaler", "app")["status"]["currentReplicas"] == 3
 
     eventually(reached_under_load, "there are three pods")
     assert re.search(r" cpu: \d+%/20% +1 +3 +3 ", say("get hpa"))
-    assert kubectl.read("Deployment", "app")["spec"]["replicas"] == 3
+    assert kubectl.object("deployment", "app")["spec"]["replicas"] == 3
 
 
 @pytest.mark.parametrize(
@@ -248,16 +248,16 @@ def test_an_autoscaler_wants_what_the_formula_says(
 
 def test_objects_are_read_as_they_are_now(kubectl: Kubectl, tmp_path: Path) -> None:
     kubectl("apply --kustomize kube-config/template")
-    service = kubectl.read("Service", "app")["spec"]
+    service = kubectl.object("service", "app")["spec"]
     assert service["selector"] == {"app.kubernetes.io/name": "app"}
     assert (service["type"], service["clusterIP"]) == ("ClusterIP", "127.0.0.1")
     with pytest.raises(ValueError, match=r'autoscalers\.autoscaling "app" not found$'):
-        kubectl.read("HorizontalPodAutoscaler", "app")
+        kubectl.object("horizontalpodautoscaler", "app")
     answer = 'echo "[\\"$*\\"]"'
     (tmp_path / "kubectl").write_text(answer)
     there = Kubectl(Cluster("kubernetes", "", f"sh {tmp_path}/kubectl --context it"), "home")
-    assert there.read("Pod", "app", "own") == [
-        "--context it --namespace own get Pod app --output json"
+    assert there.object("pod", "app", "own") == [
+        "--context it --namespace own get pod app --output json"
     ]
 
 

@@ -52,6 +52,12 @@ KINDS = {
 }
 
 
+# The kinds of which one object can be read, as commands name them.
+SINGULAR = {
+    "deployment": "Deployment",
+    "horizontalpodautoscaler": "HorizontalPodAutoscaler",
+    "service": "Service",
+}
 # The options of `autoscale`, and the older name of the first of them.
 CPU, OLD_CPU = ["--cpu", "--min", "--max"], ["--cpu-percent", "--min", "--max"]
 
@@ -139,14 +145,14 @@ class Kubectl:
             found.append(PodState(item["metadata"]["name"], ready, restarts))
         return found
 
-    def read(self, kind: str, name: str, namespace: str = "") -> Manifest:
-        """Return an object as it is now, such as `read("Service", "ping")`.
+    def object(self, kind: str, name: str, namespace: str = "") -> Manifest:
+        """Return an object as the API server has it; `kind` is as in commands: `deployment`.
 
-        `namespace` is another one than this object's. Raises ValueError with kubectl's sentence if
-        there is no such object.
+        `namespace` is another one than that of the other commands. Raises ValueError with kubectl's
+        sentence if there is no such object.
         """
         if self.rehearsal is not None:
-            return state(self.rehearsal, kind, name, namespace)
+            return state(self.rehearsal, SINGULAR[kind], name, namespace)
         own = f"{self.cluster.kubectl} --namespace {namespace}" if namespace else self.command
         words = shlex.split(f"{own} get {kind} {name} --output json")
         found = subprocess.run(words, capture_output=True, text=True)

@@ -37,6 +37,11 @@ from workbook.servers import is_busy, require_free_ports
 ENDPOINTS_TICKS = 5  # so late does a Service learn which pods are ready; in a cluster, too
 SLOTS = 8  # for the pods of a Deployment behind a headless Service
 CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
+# What errors call the kinds that are not plainly in the core group.
+RESOURCES = {
+    "Deployment": "deployments.apps",
+    "HorizontalPodAutoscaler": "horizontalpodautoscalers.autoscaling",
+}
 NOT_SHOWN = """\
 There is no scheduler, no node, no API server and no cluster DNS.
 Pods are processes of yours: they have no image, no limits and no user of their own.
@@ -53,8 +58,6 @@ KUBERNETES = {
         "ports": [{"name": "https", "port": 443, "targetPort": 6443}],
     },
 }
-# What follows the plural of a kind where an object is not found.
-GROUPS = {"Deployment": ".apps", "HorizontalPodAutoscaler": ".autoscaling"}
 
 
 class Rehearsal:
@@ -207,7 +210,7 @@ class Rehearsal:
     def object(self, kind: str, name: str) -> Manifest:
         """Return an object by its kind and name."""
         if name not in self.objects[kind]:
-            raise ValueError(f'{kind.lower()}s{GROUPS.get(kind, "")} "{name}" not found')
+            raise ValueError(f'{RESOURCES.get(kind, f"{kind.lower()}s")} "{name}" not found')
         return self.objects[kind][name]
 
     def replicas(self, deployment: str) -> int:
