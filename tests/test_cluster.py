@@ -1,7 +1,7 @@
 """Which cluster the lessons use: their own, one that is named, never one that is only there.
 
 kind, docker and kubectl are replaced by scripts that write down how they were called; one test
-runs lessons 06 and 07 on a real cluster.
+runs lessons on a real cluster.
 """
 
 import hashlib
@@ -328,6 +328,7 @@ def real_environment() -> dict[str, str]:
     [
         ("06-kubernetes-ping", "ErrImagePull|ImagePullBackOff"),
         ("07-kubernetes-tf-serving", "\nprediction: dress 0"),
+        ("12-homework", r"\nkubernetes +ClusterIP "),
     ],
 )
 def test_lesson_runs_on_the_cluster(

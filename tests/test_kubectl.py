@@ -2,16 +2,18 @@
 
 import json
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import yaml
 from helpers.basics import ROOT, eventually, free_port
 from helpers.manifests import KUBE, run_kustomize
 
-from workbook import servers
+from workbook import autoscaler, pods, servers
 from workbook.cluster import Cluster
 from workbook.kubectl import Client, Kubectl, aligned, words_of
 
@@ -192,7 +194,82 @@ def test_services_and_their_endpoints_are_listed_as_kubectl_does(
     assert shown[0] == header and shown[-1][1:] == row[1:]
 
 
-@pytest.mark.parametrize("kinds", ["pods", "services", "deployments", "endpointslices"])
+def test_every_cluster_has_the_service_of_its_api(say: Say, kubectl: Kubectl) -> None:
+    command = "get services --namespace default"
+    assert [cells(say(command))] == [cells(recorded(command)[0])]
+    spec = kubectl.object("service", "kubernetes", "default")["spec"]
+    assert (spec["type"], spec["clusterIP"]) == ("ClusterIP", "10.96.0.1")
+
+
+def test_an_autoscaler_knows_nothing_before_something_measures(say: Say, kubectl: Kubectl) -> None:
+    say("apply --kustomize kube-config/template")
+    say("rollout status deployment/app --timeout 60s")
+    first = "autoscale deployment/app --cpu-percent=20 --min=1 --max=3"
+    again = "autoscale deployment/app --cpu=20% --min=1 --max=3"
+    assert [say(first)] == recorded(first)
+    assert [say(again, check=False)] == recorded(again)
+    assert cells(say("get hpa")) == cells(recorded("get hpa")[0])
+    assert kubectl.object("horizontalpodautoscaler", "app")["status"] == {"currentReplicas": 1}
+
+
+def test_an_autoscaler_adds_pods_under_load_up_to_its_most(
+    say: Say, kubectl: Kubectl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoscaler, "SYNC_SECONDS", 1.0)
+    say("apply --kustomize kube-config/template")
+    say("rollout status deployment/app --timeout 60s")
+    say("autoscale deployment/app --cpu=20% --min=1 --max=3")
+    assert kubectl.rehearsal
+    kubectl.rehearsal.start_metrics()
+    port = free_port()
+    kubectl.forward("service/app", 80, port)
+
+    def reached_under_load() -> bool:
+        for _ in range(200):
+            requests.get(f"http://127.0.0.1:{port}/ping", timeout=10)
+        return kubectl.object("horizontalpodautoscaler", "app")["status"]["currentReplicas"] == 3
+
+    eventually(reached_under_load, "there are three pods")
+    assert re.search(r" cpu: \d+%/20% +1 +3 +3 ", say("get hpa"))
+    assert kubectl.object("deployment", "app")["spec"]["replicas"] == 3
+
+
+@pytest.mark.parametrize(
+    ("replicas", "usage", "wanted"),
+    [(1, 0, 1), (1, 21.9, 1), (1, 22.1, 2), (2, 30, 3), (3, 900, 3), (3, 12, 2), (3, 0, 1)],
+)
+def test_an_autoscaler_wants_what_the_formula_says(
+    replicas: int, usage: float, wanted: int
+) -> None:
+    target = {"averageUtilization": 20}
+    spec = {"minReplicas": 1, "maxReplicas": 3, "metrics": [{"resource": {"target": target}}]}
+    assert autoscaler.wish(replicas, usage, spec) == wanted
+
+
+def test_objects_are_read_as_they_are_now(kubectl: Kubectl, tmp_path: Path) -> None:
+    kubectl("apply --kustomize kube-config/template")
+    service = kubectl.object("service", "app")["spec"]
+    assert service["selector"] == {"app.kubernetes.io/name": "app"}
+    assert (service["type"], service["clusterIP"]) == ("ClusterIP", "127.0.0.1")
+    with pytest.raises(ValueError, match=r'autoscalers\.autoscaling "app" not found$'):
+        kubectl.object("horizontalpodautoscaler", "app")
+    answer = 'echo "[\\"$*\\"]"'
+    (tmp_path / "kubectl").write_text(answer)
+    there = Kubectl(Cluster("kubernetes", "", f"sh {tmp_path}/kubectl --context it"), "home")
+    assert there.object("pod", "app", "own") == [
+        "--context it --namespace own get pod app --output json"
+    ]
+
+
+def test_a_port_is_probed_in_kubernetes_words() -> None:
+    port = free_port()
+    refused = f"dial tcp 127.0.0.1:{port}: connect: connection refused"
+    assert pods.check_tcp({}, f"127.0.0.1:{port}", 1) == refused
+    with socket.create_server(("127.0.0.1", port)):
+        assert pods.check_tcp({}, f"127.0.0.1:{port}", 1) is None
+
+
+@pytest.mark.parametrize("kinds", ["pods", "services", "deployments", "endpointslices", "hpa"])
 def test_tables_are_laid_out_as_kubectl_lays_them_out(kinds: str) -> None:
     (table,) = recorded(f"get {kinds}")
     assert aligned([re.split(" {2,}", line) for line in table.splitlines()], gap=3) == table
@@ -210,6 +287,7 @@ def test_events_are_laid_out_as_kubectl_lays_them_out() -> None:
     [
         *("describe pod nobody", "delete pod nobody"),
         *("exec nobody -- id", "rollout status deployment/nobody"),
+        "autoscale deployment/nobody --cpu=20% --min=1 --max=3",
         "scale deployment/nobody --replicas 2",
     ],
 )
@@ -237,7 +315,15 @@ def test_a_deployment_without_pods_runs_no_command(say: Say) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("get", "get all", "get hpa", "get nodes", "get svc", "get pods --watch", "get pods ping"),
+        *(
+            "get",
+            "get all",
+            "get nodes",
+            "autoscale deployment/ping --max=3",
+            "get svc",
+            "get pods --watch",
+            "get pods ping",
+        ),
         *("describe service ping", "top pods", "logs ping --follow", "logs deployment/ping"),
         *("apply --filename x.yaml", "delete deployment ping", "rollout restart deployment/ping"),
     ],

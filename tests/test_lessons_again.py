@@ -242,3 +242,26 @@ def test_a_lesson_takes_another_model(number: str, other_model: Path, tmp_path: 
     cells = nbformat.read(executed, as_version=4).cells
     printed = "".join(str(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
     assert "prediction: fire red" in printed and "checkpoint passed" in printed
+
+
+@again
+def test_the_homework_takes_another_image_at_another_port(tmp_path: Path) -> None:
+    """A file server of Python's, which has nothing of ping's."""
+    command = '["python", "-m", "http.server", "--bind", "0.0.0.0", "8000"]'
+    (tmp_path / "Dockerfile").write_text(f"FROM python\nEXPOSE 8000\nCMD {command}\n")
+    parameters = {"IMAGE": "somebody/files:3.13-hw10", "PORT": 8000, "ASK": "/Dockerfile"}
+    parameters |= {"DOCKERFILE": str(tmp_path / "Dockerfile"), "FOLDER": str(tmp_path)}
+    parameters |= {"WORKBOOK_ENGINE": "embedded", "LOCAL_PORT": free_port()}
+    executed = tmp_path / "executed.ipynb"
+    papermill.execute_notebook(
+        ROOT / "notebooks/12-homework.ipynb",
+        executed,
+        parameters,
+        cwd=ROOT,
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    cells = nbformat.read(executed, as_version=4).cells
+    printed = "".join(str(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+    assert "image: somebody/files:3.13-hw10" in printed and "containerPort: 8000" in printed
+    assert "200 FROM python" in printed and "checkpoint passed" in printed

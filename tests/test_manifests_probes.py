@@ -29,8 +29,8 @@ def test_probes_ask_ports_that_are_there(objects: list[dict]) -> None:
     for deployment in of_kind(objects, "Deployment").values():
         assert "readinessProbe" in probes(deployment)
         for probe in probes(deployment).values():
-            if "httpGet" in probe:
-                assert probe["httpGet"]["port"] in ports(deployment)
+            if way := probe.get("httpGet") or probe.get("tcpSocket"):
+                assert way["port"] in ports(deployment)
             else:
                 assert probe["grpc"]["port"] == ports(deployment)["grpc"]
 

@@ -53,6 +53,16 @@ def head(kind: str, color: str) -> str:
     )
 
 
+def picture(height: int, parts: list[str]) -> str:
+    """Put parts together as SVG, on paper of this height."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
+        f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
+        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
+    ) + "</svg>\n"
+
+
 def cluster() -> str:
     """The whole picture as SVG, from kubectl at the top to the clients at the bottom."""
     parts = [
@@ -85,12 +95,7 @@ def cluster() -> str:
         box(348, 692, 196, "HTTPRoute", "by host and path"),
         arrow("348,663 348,637"),
     ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
-        f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="{PAPER}"/>' + "".join(parts)
-    ) + "</svg>\n"
+    return picture(HEIGHT, parts)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """kubectl's commands, for a cluster or for a rehearsal of one; and a client that asks steadily."""
 
+import copy
 import json
 import re
 import shlex
@@ -14,11 +15,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from workbook import servers
+from workbook.autoscaler import target_of
 from workbook.cluster import Cluster, load_command
 from workbook.engine import run
-from workbook.manifests import container, port_number, read_image
+from workbook.manifests import Manifest, container, port_number, read_image
 from workbook.pods import Pod
-from workbook.rehearsal import Rehearsal
+from workbook.rehearsal import KUBERNETES, Rehearsal
 
 COMPONENT = "app.kubernetes.io/component"
 WELL = 100  # so many answers in a row
@@ -33,13 +35,31 @@ UNDONE = (
     " cause unexpected behavior on future 'kubectl apply' operations. Consider using"
     " 'kubectl apply' with your previous configuration file instead."
 )
+OLD_OPTION = (
+    "Flag --cpu-percent has been deprecated, Use --cpu with percentage or resource quantity format"
+    " (e.g., '70%' for utilization or '500m' for milliCPU)."
+)
 # What `get` shows: what stands before a name among other kinds, and the columns.
 KINDS = {
     "pods": ("pod", "NAME READY STATUS RESTARTS AGE"),
     "services": ("service", "NAME TYPE CLUSTER-IP EXTERNAL-IP PORT(S) AGE"),
     "deployments": ("deployment.apps", "NAME READY UP-TO-DATE AVAILABLE AGE"),
     "endpointslices": ("endpointslice.discovery.k8s.io", "NAME ADDRESSTYPE PORTS ENDPOINTS AGE"),
+    "hpa": (
+        "horizontalpodautoscaler.autoscaling",
+        "NAME REFERENCE TARGETS MINPODS MAXPODS REPLICAS AGE",
+    ),
 }
+
+
+# The kinds of which one object can be read, as commands name them.
+SINGULAR = {
+    "deployment": "Deployment",
+    "horizontalpodautoscaler": "HorizontalPodAutoscaler",
+    "service": "Service",
+}
+# The options of `autoscale`, and the older name of the first of them.
+CPU, OLD_CPU = ["--cpu", "--min", "--max"], ["--cpu-percent", "--min", "--max"]
 
 
 class PodState(NamedTuple):
@@ -83,13 +103,15 @@ class Kubectl:
     def __call__(self, command: str, check: bool = True) -> None:
         """Do one command; raise RuntimeError when it fails, unless it may."""
         if self.rehearsal is None:
-            return run(f"{self.command} {command}", check)
+            own = " --namespace " in command
+            return run(f"{self.cluster.kubectl if own else self.command} {command}", check)
         print(f"rehearsal: {command}", flush=True)
         try:
             rehearse(self.rehearsal, command)
         except (ValueError, TimeoutError) as error:
-            not_found = str(error).endswith(" not found")
-            print(f"{'Error from server (NotFound)' if not_found else 'error'}: {error}")
+            said = re.search(r" (not found|already exists)$", str(error))
+            reason = said and said[1].title().replace(" ", "")
+            print(f"{f'Error from server ({reason})' if reason else 'error'}: {error}")
             if check:
                 raise RuntimeError(f"This failed, see above: kubectl {command}") from error
 
@@ -123,6 +145,21 @@ class Kubectl:
             found.append(PodState(item["metadata"]["name"], ready, restarts))
         return found
 
+    def object(self, kind: str, name: str, namespace: str = "") -> Manifest:
+        """Return an object as the API server has it; `kind` is as in commands: `deployment`.
+
+        `namespace` is another one than that of the other commands. Raises ValueError with kubectl's
+        sentence if there is no such object.
+        """
+        if self.rehearsal is not None:
+            return state(self.rehearsal, SINGULAR[kind], name, namespace)
+        own = f"{self.cluster.kubectl} --namespace {namespace}" if namespace else self.command
+        words = shlex.split(f"{own} get {kind} {name} --output json")
+        found = subprocess.run(words, capture_output=True, text=True)
+        if found.returncode:
+            raise ValueError(found.stderr.strip())
+        return json.loads(found.stdout)
+
     def kill(self, pod: str) -> None:
         """End the first process of a pod's container, as a crash would."""
         if self.rehearsal is None:
@@ -149,6 +186,9 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
     match words:
         case ["get", kinds] if {*kinds.split(",")} <= {*KINDS}:
             print_tables(rehearsal, kinds.split(","))
+        case ["get", "services", "--namespace", "default"]:
+            row = service_row(KUBERNETES, rehearsal.began)
+            print(aligned([KINDS["services"][1].split(), row], gap=3))
         case ["describe", "pod", name]:
             describe(rehearsal.pod(name), rehearsal.namespace)
         case ["logs", name]:
@@ -176,6 +216,12 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
         case ["scale", "deployment", name, "--replicas", number]:
             rehearsal.change(name, lambda spec: spec.update(replicas=int(number)))
             print(f"deployment.apps/{name} scaled")
+        case ["autoscale", "deployment", name, *options] if options[::2] in (CPU, OLD_CPU):
+            if options[0] == "--cpu-percent":
+                print(OLD_OPTION)
+            percent, least, most = (int(each.removesuffix("%")) for each in options[1::2])
+            autoscale(rehearsal, name, percent, least, most)
+            print(f"horizontalpodautoscaler.autoscaling/{name} autoscaled")
         case ["set", "image", "deployment", name, change]:
             image = change.partition("=")[2]
             rehearsal.change(name, lambda spec: container(spec["template"]).update(image=image))
@@ -194,6 +240,39 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
             rehearsal.rollout_status(name, float(seconds.removesuffix("s")))
         case _:
             raise NotImplementedError(f"A rehearsal does not know: kubectl {command}")
+
+
+def autoscale(rehearsal: Rehearsal, name: str, percent: int, least: int, most: int) -> None:
+    """Make an autoscaler for a Deployment; ValueError if there is no such, or one of the name."""
+    rehearsal.object("Deployment", name)
+    if name in rehearsal.objects["HorizontalPodAutoscaler"]:
+        raise ValueError(f'horizontalpodautoscalers.autoscaling "{name}" already exists')
+    target = {"type": "Utilization", "averageUtilization": percent}
+    spec = {
+        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+        "minReplicas": least,
+        "maxReplicas": most,
+        "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": target}}],
+    }
+    made = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler"}
+    rehearsal.apply([made | {"metadata": {"name": name}, "spec": spec}])
+
+
+def state(rehearsal: Rehearsal, kind: str, name: str, namespace: str = "") -> Manifest:
+    """Return an object of a rehearsal with what a cluster adds: addresses, and numbers of pods."""
+    if (kind, name, namespace) == ("Service", "kubernetes", "default"):
+        return KUBERNETES
+    found: Manifest = copy.deepcopy(rehearsal.object(kind, name))
+    if kind == "Service":
+        found["spec"].setdefault("clusterIP", "127.0.0.1")
+        found["spec"].setdefault("type", "ClusterIP")
+    elif kind == "Deployment":
+        found["spec"]["replicas"] = rehearsal.replicas(name)
+    elif kind == "HorizontalPodAutoscaler":
+        target = found["spec"]["scaleTargetRef"]["name"]
+        new, old = rehearsal.live_pods(target)
+        found["status"] = {"currentReplicas": len(new) + len(old)}
+    return found
 
 
 def words_of(command: str) -> tuple[list[str], list[str]]:
@@ -249,18 +328,32 @@ def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
             wanted = rehearsal.replicas(name)
             yield [name, f"{ready}/{wanted}", f"{len(new)}", f"{available}", made]
     elif kind == "services":
-        for name, each in rehearsal.objects["Service"].items():
-            spec, made = each["spec"], age(rehearsal.made["Service", name])
-            own = "None" if spec.get("clusterIP") == "None" else "127.0.0.1"
-            outside = "<pending>" if spec.get("type") == "LoadBalancer" else "<none>"
-            ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
-            yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
+        for name in rehearsal.objects["Service"]:
+            yield service_row(state(rehearsal, "Service", name), rehearsal.made["Service", name])
+    elif kind == "hpa":
+        for name in rehearsal.objects["HorizontalPodAutoscaler"]:
+            each = state(rehearsal, "HorizontalPodAutoscaler", name)
+            spec, made = each["spec"], age(rehearsal.made["HorizontalPodAutoscaler", name])
+            used = f"{rehearsal.usage[name]}%" if name in rehearsal.usage else "<unknown>"
+            bounds = [f"{spec['minReplicas']}", f"{spec['maxReplicas']}"]
+            now = [f"cpu: {used}/{target_of(spec)}%", *bounds]
+            deployment = f"Deployment/{spec['scaleTargetRef']['name']}"
+            count = f"{each['status']['currentReplicas']}"
+            yield [name, deployment, *now, count, made]
     elif kind == "endpointslices":
         for name in rehearsal.objects["Service"]:
             port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
             addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
             number = f"{port_number(found[0].container, port)}" if found else "<unset>"
             yield [name, "IPv4", number, addresses, age(rehearsal.made["Service", name])]
+
+
+def service_row(service: Manifest, made: float) -> list[str]:
+    """Return what `kubectl get services` shows of one that was made at that moment."""
+    spec = service["spec"]
+    outside = "<pending>" if spec["type"] == "LoadBalancer" else "<none>"
+    ports = ",".join(f"{port['port']}/TCP" for port in spec["ports"])
+    return [service["metadata"]["name"], spec["type"], spec["clusterIP"], outside, ports, age(made)]
 
 
 def describe(pod: Pod, namespace: str) -> None:

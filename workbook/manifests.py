@@ -22,7 +22,7 @@ KNOWN = shlex.split(
     terminationGracePeriodSeconds topologySpreadConstraints* volumes emptyDir* containers name image
     imagePullPolicy command args ports* resources* volumeMounts mountPath env value valueFrom
     resourceFieldRef resource secretKeyRef key lifecycle preStop sleep seconds startupProbe
-    readinessProbe livenessProbe httpGet path grpc port periodSeconds timeoutSeconds
+    readinessProbe livenessProbe httpGet path grpc tcpSocket port periodSeconds timeoutSeconds
     failureThreshold clusterIP loadBalancerSourceRanges*"""
 )
 # What some of them may not hold.

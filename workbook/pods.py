@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -154,8 +155,8 @@ class Pod:
     def _probe(self, kind: str, process: subprocess.Popen, started: threading.Event) -> None:
         """Execute a probe with its period and thresholds, for as long as this process lives."""
         spec, failures = self.container[kind], 0
-        check = check_http if "httpGet" in spec else check_grpc
-        action = spec.get("httpGet") or spec["grpc"]
+        way = next(way for way in CHECKS if way in spec)
+        check, action = CHECKS[way], spec[way]
 
         def over() -> bool:
             return process.poll() is not None or self.ending.is_set()
@@ -207,6 +208,19 @@ def check_grpc(_: Manifest, address: str, timeout: float) -> str | None:
             return f"error: {error.code().name}"
     name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
     return None if name == "SERVING" else f"service unhealthy (responded with {name!r})"
+
+
+def check_tcp(_: Manifest, address: str, timeout: float) -> str | None:
+    """Open a connection, and close it; None if somebody listens."""
+    host, port = address.split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout).close()
+    except OSError as error:
+        return f"dial tcp {address}: connect: {(error.strerror or str(error)).lower()}"
+    return None
+
+
+CHECKS = {"httpGet": check_http, "grpc": check_grpc, "tcpSocket": check_tcp}
 
 
 def backoff(failures: int) -> float:

@@ -29,19 +29,35 @@ from typing import Any
 
 import psutil
 
-from workbook import manifests
-from workbook.manifests import Image, Manifest, container, port_number
+from workbook import autoscaler, manifests
+from workbook.manifests import Image, Manifest, container, cpus, port_number
 from workbook.pods import TICK_SECONDS, Pod, revision_of
 from workbook.servers import is_busy, require_free_ports
 
 ENDPOINTS_TICKS = 5  # so late does a Service learn which pods are ready; in a cluster, too
 SLOTS = 8  # for the pods of a Deployment behind a headless Service
 CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
+# What errors call the kinds that are not plainly in the core group.
+RESOURCES = {
+    "Deployment": "deployments.apps",
+    "HorizontalPodAutoscaler": "horizontalpodautoscalers.autoscaling",
+}
 NOT_SHOWN = """\
 There is no scheduler, no node, no API server and no cluster DNS.
 Pods are processes of yours: they have no image, no limits and no user of their own.
 Addresses, ports and paths in commands are replaced by this machine's.
 An autoscaler keeps its least number of pods, and other kinds of objects have no effect."""
+# The Service of the API server, which every cluster has, with the address that Kind gives it.
+KUBERNETES = {
+    "apiVersion": "v1",
+    "kind": "Service",
+    "metadata": {"name": "kubernetes", "namespace": "default"},
+    "spec": {
+        "type": "ClusterIP",
+        "clusterIP": "10.96.0.1",
+        "ports": [{"name": "https", "port": 443, "targetPort": 6443}],
+    },
+}
 
 
 class Rehearsal:
@@ -51,7 +67,7 @@ class Rehearsal:
         self.namespace, self.images = namespace, images or {}
         self.id, self.folder = secrets.token_hex(4), Path(tempfile.mkdtemp(prefix="rehearsal-"))
         self.objects = defaultdict[str, dict[str, Manifest]](dict)  # by kind and name
-        self.made: dict[tuple[str, str], float] = {}
+        self.began, self.made = time.monotonic(), dict[tuple[str, str], float]()
         self.revisions: dict[str, list[Manifest]] = {}
         self.all_pods: list[Pod] = []
         self.endpoints: dict[str, list[Pod]] = {}
@@ -59,6 +75,8 @@ class Rehearsal:
         # Service can mean all slots of its pods, whichever pods come and go.
         self.claims: dict[tuple[str, int], socket.socket] = {}
         self.proxies: dict[object, Proxy] = {}
+        self.usage: dict[str, int] = {}  # CPU in per cent of the requests, by autoscaler
+        self.measuring: threading.Thread | None = None
         self.lock, self.over = threading.RLock(), threading.Event()
         # It removes what is left when this program ends without having called `close`.
         self.reaper = subprocess.Popen(
@@ -168,6 +186,13 @@ class Rehearsal:
                 self.proxies[service, target] = Proxy(choose)
             return self.proxies[service, target].server_address[1]
 
+    def start_metrics(self) -> None:
+        """Measure the CPU of pods from now on, as metrics-server does: autoscalers act upon it."""
+        with self.lock:
+            if self.measuring is None:
+                self.measuring = threading.Thread(target=self._autoscale, daemon=True)
+                self.measuring.start()
+
     # --- What there is ----------------------------------------------------------------------------
 
     def pods(self, deployment: str | None = None) -> list[Pod]:
@@ -185,8 +210,7 @@ class Rehearsal:
     def object(self, kind: str, name: str) -> Manifest:
         """Return an object by its kind and name."""
         if name not in self.objects[kind]:
-            group = ".apps" if kind == "Deployment" else ""
-            raise ValueError(f'{kind.lower()}s{group} "{name}" not found')
+            raise ValueError(f'{RESOURCES.get(kind, f"{kind.lower()}s")} "{name}" not found')
         return self.objects[kind][name]
 
     def replicas(self, deployment: str) -> int:
@@ -265,6 +289,32 @@ class Rehearsal:
         unmissed = max(0, len(serving) + available - least)
         for pod in [*surplus, *idle, *serving[:unmissed]]:
             pod.ending.set()
+
+    def _autoscale(self) -> None:
+        """Set numbers of pods four times a minute; autoscalers with a `behavior` are left alone."""
+        before, wishes = dict[Pod, float](), defaultdict[str, list[tuple[float, int]]](list)
+        while not self.over.wait(autoscaler.SYNC_SECONDS):
+            ready = [pod for pod in self.pods() if pod.ready and pod.process]
+            now = {pod: autoscaler.cpu_seconds(pod.process.pid) for pod in ready if pod.process}
+            with self.lock:
+                for name, each in self.objects["HorizontalPodAutoscaler"].items():
+                    spec, target = each["spec"], each["spec"]["scaleTargetRef"]["name"]
+                    mine = [pod for pod in now if pod in before and pod.owner == target]
+                    if not mine or "behavior" in spec:
+                        continue
+                    requested = cpus(mine[0].container["resources"]["requests"]["cpu"])
+                    used = sum(max(0.0, now[pod] - before[pod]) for pod in mine)
+                    # A pod that is not measured yet counts as one that does nothing.
+                    pods = max(len(mine), self.replicas(target))
+                    share = used / autoscaler.SYNC_SECONDS / requested / pods
+                    self.usage[name] = round(100 * share)
+                    moment = time.monotonic()
+                    recent = [w for w in wishes[name] if moment - w[0] < autoscaler.CALM_SECONDS]
+                    recent.append((moment, autoscaler.wish(pods, 100 * share, spec)))
+                    wishes[name] = recent
+                    wanted = max(wish for _, wish in recent)
+                    self.object("Deployment", target)["spec"]["replicas"] = wanted
+            before = now
 
     # --- Processes --------------------------------------------------------------------------------
 

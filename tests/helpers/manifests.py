@@ -19,10 +19,11 @@ from helpers.containers import GATEWAY, SERVING
 
 KUBE = ROOT / "kube-config"
 PING = "kube-config/ping/Dockerfile"
-DOCKERFILES = {"gateway": GATEWAY, "model-server": SERVING, "ping": PING}
+DOCKERFILES = {"gateway": GATEWAY, "model-server": SERVING, "ping": PING, "app": PING}
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())["services"]
 # The label app.kubernetes.io/name by the component.
-NAMES = {"gateway": "clothing-gateway", "model-server": "clothing-model", "ping": "ping"}
+NAMES = {"gateway": "clothing-gateway", "model-server": "clothing-model"}
+NAMES |= {"ping": "ping", "app": "app"}
 
 # What is applied to a cluster: folders of kube-config/, and components for them.
 ENVIRONMENTS = {
@@ -33,11 +34,13 @@ ENVIRONMENTS = {
     "gpu": (["gpu"], []),
     "own-model": (["own-model"], []),
     "ping": (["ping"], []),
+    "template": (["template"], []),
 }
-CLOTHES = [name for name in ENVIRONMENTS if name != "ping"]
+SMALL = ("ping", "template", "app", "homework")  # their folders, Deployments and namespaces
+CLOTHES = [name for name in ENVIRONMENTS if name not in SMALL]
 FILES = sorted(path for path in KUBE.rglob("*.yaml"))
 OPTIONAL = ["httproute", "prometheus"]  # for overlays that want them
-FOLDERS = ["base", "ping", *OPTIONAL]
+FOLDERS = ["base", "ping", "template", *OPTIONAL]
 MANIFESTS = [
     path for path in FILES if path.parent.name in FOLDERS and path.name != "kustomization.yaml"
 ]
