@@ -7,10 +7,12 @@ from typing import Any
 
 import nbformat
 import pytest
+from conftest import export
 from helpers.basics import free_port, processes_with
 from test_lessons_again import again
 from test_notebooks import NOTEBOOKS
 
+import description
 from workbook import solutions
 from workbook.lesson import ports_of
 
@@ -83,3 +85,13 @@ def test_answers_pass_and_others_get_their_hint(
         assert wrong.startswith("not yet: ") and answer.hint in wrong
         assert right == "right\n"
     assert processes_with(str(tmp_path)) == []
+
+
+@again
+def test_the_checkpoint_of_lesson_01_notices_what_no_prediction_tells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its first exercise: a wrong scaling with which the model still gets every sample right."""
+    monkeypatch.setitem(description.SCALINGS, "xception", lambda pixels: pixels / 255)
+    with pytest.raises(AssertionError, match="scales otherwise than Keras"):
+        export(tmp_path / "clothing-model")
