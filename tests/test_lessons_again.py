@@ -58,7 +58,7 @@ LESSONS = {
         since="02-20",
         waits="02-30",
         prediction="prediction: pants 0.",
-        quicker={"count=64": "count=16", "5 * 64": "5 * 16", "times(10,": "times(2,"},
+        quicker={"count=64": "count=16", "6 * 64": "6 * 16", "times(10,": "times(2,"},
     ),
     "03": Lesson(
         starts=["03-08"],

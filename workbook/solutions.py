@@ -1,5 +1,7 @@
 """Solutions of the exercises: `python -m workbook.solutions 03 04` executes those of two lessons.
 
+The bonus lesson of lesson 04 is `04-bonus`.
+
 A lesson has three, each of three cells: the question, a cell for the answer (tag `exercise`) and a
 cell that checks it (tag `check`). `notebooks/solutions.ipynb` has the answers; each cell with the
 tag `answer` names in its metadata the lesson, the exercise's cell, and a typical wrong answer.
@@ -25,7 +27,7 @@ class Answer(NamedTuple):
     """One cell of the solutions.
 
     Attributes:
-        lesson: how the lesson's file name begins, such as `03`.
+        lesson: the lesson, such as `03` or `04-bonus`.
         exercise: the id of the cell that it answers.
         source: the right answer.
         wrong: a typical wrong one.
@@ -75,6 +77,11 @@ def with_answers(lesson: NotebookNode, forms: dict[str, list[str]]) -> NotebookN
     return NotebookNode({**lesson, "cells": done})
 
 
+def name_of(path: Path) -> str:
+    """Return what answers call a lesson: its number, or `04-bonus` for the bonus of lesson 04."""
+    return path.name[: 8 if "-bonus-" in path.name else 2]
+
+
 def set_parameters(notebook: NotebookNode, values: dict[str, Any]) -> None:
     """Add those values to the cell with a notebook's parameters of which it has the names."""
     for cell in notebook.cells:
@@ -87,21 +94,27 @@ def set_parameters(notebook: NotebookNode, values: dict[str, Any]) -> None:
 def execute(notebook: NotebookNode, **environment: str) -> None:
     """Execute a notebook at the repository's root; its outputs go into its cells."""
     resources = {"metadata": {"path": str(ROOT)}}
+<<<<<<< HEAD
     client = NotebookClient(
         notebook, kernel_name="python3", timeout=900, resources=resources, coalesce_streams=True
     )
+=======
+    options = {"timeout": 900, "resources": resources, "coalesce_streams": True}
+    client = NotebookClient(notebook, kernel_name="python3", **options)
+>>>>>>> w-ex1
     client.execute(env=os.environ | environment)
 
 
 def solve(number: str) -> None:
     """Execute a lesson with its answers, and write what these print into the solutions."""
-    (path,) = (each for each in lessons(ROOT / "notebooks") if each.name.startswith(f"{number}-"))
+    (path,) = (each for each in lessons(ROOT / "notebooks") if name_of(each) == number)
     solutions, node = read(SOLUTIONS), read(path)
     mine = [answer for answer in answers(solutions) if answer.lesson == number]
     solved = with_answers(node, {answer.exercise: [answer.source] for answer in mine})
     set_parameters(solved, free_ports(ports_of(path)))
     execute(solved)
     done = {cell.id: cell for cell in solved.cells}
+    solutions = read(SOLUTIONS)  # again: that took minutes, in which somebody may have edited it
     for cell in solutions.cells:
         about = cell.metadata.get("answers", {})
         if about.get("lesson") == number:

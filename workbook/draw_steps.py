@@ -1,0 +1,152 @@
+"""Draw what happens one after the other: a column of boxes, and beside each what may be said of it.
+
+    .venv/bin/python -m workbook.draw_steps
+
+writes the figures of `STEPS`, and `05-localhost.svg`, to ``notebooks/figures/``.
+"""
+
+from typing import NamedTuple
+
+from workbook.draw_cluster import arrow, box, frame, head
+from workbook.draw_system import FIGURES, INK, MARK, PAPER, QUIET
+
+
+class Step(NamedTuple):
+    """One box of a column.
+
+    Attributes:
+        title: what is there, or is done.
+        line: a few words below the title.
+        notes: up to three lines beside the box.
+        marked: whether the box is today's.
+    """
+
+    title: str
+    line: str = ""
+    notes: tuple[str, ...] = ()
+    marked: bool = False
+
+
+STEPS = {
+    "01-signatures": [
+        Step("a file's bytes", "JPEG or PNG", ("serving_bytes", "begins here"), True),
+        Step("decode and resize"),
+        Step("pixels", "uint8, 0 … 255", ("serving_uint8", "begins here"), True),
+        Step("scale"),
+        Step("inputs", "float32, −1 … 1", ("serving_default", "begins here"), True),
+        Step("frozen graph", "the weights are inside"),
+        Step("probabilities", "one for each class", ("all three", "end here")),
+    ],
+    "04-functions": [
+        Step("fetch", "a link becomes bytes", ("requests",)),
+        Step("prepare", "bytes become numbers", ("Pillow and NumPy",)),
+        Step("ask", "pixels become chances", ("gRPC,", "as in lesson 03"), True),
+        Step("describe", "numbers get their names", ("the classes of", "the description")),
+    ],
+    "04-program": [
+        Step("this notebook", "cells with one tag"),
+        Step("nbconvert", "our template", ("takes only", "these cells")),
+        Step("a program", "first_gateway.py", (), True),
+        Step("gunicorn", "the main process", ("starts workers,", "replaces dead ones")),
+        Step("worker", "eight threads", ("eight requests", "at the same time")),
+    ],
+    "04-redirect": [
+        Step("the stranger", "sends a link", ("to a server", "of his own")),
+        Step("the gateway", "opens the link", ("a public address:", "nothing to object")),
+        Step("the stranger's server", "302: look over there", ("there is", "127.0.0.1")),
+        Step("the gateway", "follows", ("from inside", "the house"), True),
+        Step("a private host", "answers the gateway", ("which tells", "the stranger")),
+    ],
+    "04-refusals": [
+        Step("POST /predict", "a link, or a file"),
+        Step("web.py", "is there a free place?", ("503 too many", "at a time")),
+        Step("links.py", "fetch", ("400 private address", "502, 504 its host", "fails or is slow")),
+        Step("pictures.py", "decode", ("413 too big", "415 no picture")),
+        Step("gateway.py", "ask the model", ("503 no model server", "504 it is too slow"), True),
+        Step("the answer", "probabilities", ("200",)),
+    ],
+    "04b-link": [
+        Step("a stranger's link", "http or https, port 80 or 443", ("else 400",)),
+        Step("look its host up", "once", ("504 after", "5 seconds in all")),
+        Step("is the address public?", "whatever the name says", ("else 400",), True),
+        Step("connect", "to exactly that address", ("502 if it fails",)),
+        Step("a redirect?", "a second link", ("begins at the top",)),
+        Step("read", "piece by piece", ("413 after 10 MB,", "unpacked")),
+    ],
+    "04b-picture": [
+        Step(
+            "what the file declares",
+            "nothing is decoded yet",
+            ("413 too large", "415 no picture"),
+        ),
+        Step("decode", "when it is its turn", ("one picture", "at a time"), True),
+        Step("turn it upright", "as EXIF says"),
+        Step("8 bits, RGB, on white", "whatever it was"),
+        Step("make it small", "the model's size"),
+    ],
+    "05-stages": [
+        Step("packages", "Pipenv, pip, and .venv", ("gives .venv,", "is thrown away")),
+        Step("base", "Python, without manuals", ("gives its files,", "is thrown away")),
+        Step("model", "a copy of this folder", ("gives model.json,", "is thrown away")),
+        Step("FROM scratch", "nothing at all", ("takes these", "and our code"), True),
+    ],
+}
+WIDTH, COLUMN, STEP, HALF = 434, 246, 92, 28
+
+
+def steps(column: list[Step]) -> str:
+    """Return a column of boxes with arrows from each to the next, as SVG."""
+    centre, parts = COLUMN // 2 + 12, []
+    for number, step in enumerate(column):
+        y = 44 + number * STEP
+        parts.append(box(centre, y, COLUMN, step.title, step.line, step.marked))
+        if number:
+            before = HALF if column[number - 1].line else 18
+            begin, end = y - STEP + before, y - (HALF if step.line else 18)
+            parts.append(arrow(f"{centre},{begin} {centre},{end - 2}"))
+        for line, note in enumerate(step.notes):
+            level = y + 5 + 18 * (line - (len(step.notes) - 1) / 2)
+            parts.append(
+                f'<text x="{COLUMN + 28}" y="{level}" text-anchor="start" '
+                f'fill="{MARK if step.marked else QUIET}" font-size="15">{note}</text>'
+            )
+    return svg(88 + (len(column) - 1) * STEP, parts)
+
+
+def localhost() -> str:
+    """Two containers that cannot find each other, and the same two on one network, as SVG."""
+    parts = [
+        frame(10, 40, 200, 130, "container"),
+        box(110, 96, 160, "gateway"),
+        arrow("110,114 110,140"),
+        f'<text x="110" y="158" font-size="15" fill="{MARK}">localhost:8500: nobody</text>',
+        frame(224, 40, 200, 130, "container"),
+        box(324, 96, 160, "model server"),
+        f'<text x="324" y="146" font-size="15" fill="{QUIET}">localhost:8500: here</text>',
+        '<text x="12" y="26" text-anchor="start">Each container has a localhost of its own:</text>',
+        '<text x="12" y="214" text-anchor="start">On one network, they have names:</text>',
+        frame(4, 228, 426, 170, "network", marked=True),
+        frame(18, 258, 186, 126, "container"),
+        box(111, 314, 152, "gateway"),
+        frame(230, 258, 186, 126, "container"),
+        box(323, 314, 152, "model server"),
+        arrow("187,314 245,314", marked=True),
+        f'<text x="323" y="366" font-size="15" fill="{MARK}">model-server:8500</text>',
+    ]
+    return svg(406, parts)
+
+
+def svg(height: int, parts: list[str]) -> str:
+    """Return parts of a picture as one, on paper."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
+        f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
+        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
+    ) + "</svg>\n"
+
+
+if __name__ == "__main__":
+    for name, column in STEPS.items():
+        (FIGURES / f"{name}.svg").write_text(steps(column))
+    (FIGURES / "05-localhost.svg").write_text(localhost())
