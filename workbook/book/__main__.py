@@ -133,8 +133,15 @@ def main() -> int:
         }
         try:
             render(source, pages, "html", **settings)
+            render(source, Path(scratch, "print"), "singlehtml", **settings, BOOK_PRINT="1")
         except subprocess.CalledProcessError as error:
             return error.returncode
+        # The whole book as one page; its pictures and styles are those of the other pages.
+        whole = Path(scratch, "print", "index.html").read_text(encoding="utf-8")
+        whole = whole.replace('href="#document-index"', 'href="index.html"')
+        # Sphinx lists sections as `#document-NAME#SECTION`; there is no such anchor.
+        whole = re.sub(r'(href="#document-[^"#]+)#[^"]*"', r'\1"', whole)
+        (pages / "print.html").write_text(whole, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         pages.rename(target)
     print(f"Read it: {os.path.relpath(target)}/index.html")

@@ -22,39 +22,55 @@ extensions = ["myst_nb", "sphinx_copybutton"]
 # The outputs are those of the files. Nothing here is a formula: prices have dollar signs.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # which has tables
 myst_enable_extensions: list[str] = []
 myst_heading_anchors = 6
-# `lead` turns the links into those of the book.
+# `look_up` and `lead` turn the links into those of the book.
 myst_all_links_external = True
 
 html_theme = "furo"
 html_static_path = ["book.css"]
+templates_path = ["templates"]
+# The one page of the whole book has no chapters beside it, and its title leads back.
+BESIDE = ["sidebar/brand.html"]
+if "BOOK_PRINT" not in os.environ:
+    BESIDE += [f"sidebar/{part}.html" for part in ("search", "scroll-start", "navigation")]
+    BESIDE += ["print.html", "sidebar/scroll-end.html"]
+html_sidebars = {"**": BESIDE}
 html_css_files = ["book.css"]
 html_copy_source = False
 html_use_index = False
+html_show_search_summary = False  # it would fetch pages, which a browser refuses on the disk
 html_show_copyright = False
 # Widgets would want scripts of others; the lessons show none.
 nb_ipywidgets_js: dict[str, dict] = {}
 copybutton_selector = "div.cell_input pre, div.highlight-sh pre"
 
 
-def lead(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """Let each link lead somewhere: to a page of the book, or to a file of the repository."""
+def look_up(app: Sphinx, doctree: nodes.document) -> None:
+    """Note for each link which file of the repository it means."""
+    folder = posixpath.dirname(app.env.docname)
     for link in doctree.findall(nodes.reference):
         parts = urlsplit(link.get("refuri", ""))
-        if parts.scheme or parts.netloc or not parts.path:
-            continue
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(page), parts.path))
-        name = "index" if path == "README.md" else path.rpartition(".")[0]
-        if name in app.env.found_docs and Path(path).suffix in (".md", ".ipynb"):
+        if parts.path and not parts.scheme and not parts.netloc:
+            link["file"] = posixpath.normpath(posixpath.join(folder, parts.path))
+            link["anchor"] = parts.fragment
+
+
+def lead(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Let each of these links lead somewhere: to a page of the book, or to the file itself."""
+    for link in doctree.findall(nodes.reference):
+        file, anchor = link.get("file", ""), link.get("anchor", "")
+        name = "index" if file == "README.md" else file.rpartition(".")[0]
+        if name in app.env.found_docs:
             link["refuri"] = app.builder.get_relative_uri(page, name)
-            if parts.fragment:
+            if anchor and "#" not in link["refuri"]:
                 slugs = app.env.metadata[name].get("myst_slugs", {})
-                link["refuri"] += "#" + slugs.get(parts.fragment, ("", parts.fragment))[1]
-        elif (ROOT / path).exists():
-            link["refuri"] = f"{home(page)}/{path}"
-        else:
-            logging.getLogger(__name__).warning("%s is nowhere", parts.path, location=link)
+                link["refuri"] += "#" + slugs.get(anchor, ("", anchor))[1]
+        elif file and (ROOT / file).exists():
+            link["refuri"] = f"{home(page)}/{file}"
+        elif file:
+            logging.getLogger(__name__).warning("%s is nowhere", file, location=link)
 
 
 def home(page: str) -> str:
@@ -66,4 +82,5 @@ def home(page: str) -> str:
 
 def setup(app: Sphinx) -> None:
     """Take part in the rendering."""
+    app.connect("doctree-read", look_up)
     app.connect("doctree-resolved", lead)
