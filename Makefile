@@ -44,13 +44,15 @@ workbook: setup
 test: setup
 	@$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+SCRIPTS := .ci/run workbook/setup.sh .binder/postBuild .devcontainer/create
+
 # .pre-commit-config.yaml has the same commands.
 lint: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	@if command -v shellcheck >/dev/null; then echo "shellcheck"; shellcheck .ci/run workbook/setup.sh; \
-	else echo "shellcheck is not installed: .ci/run and workbook/setup.sh are not checked"; fi
+	@if command -v shellcheck >/dev/null; then echo "shellcheck"; shellcheck $(SCRIPTS); \
+	else echo "shellcheck is not installed: $(SCRIPTS) are not checked"; fi
 
 lab: setup
 	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

@@ -1,6 +1,7 @@
 """The book that `make book` makes of lessons and docs: complete, and alone in the world."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,11 +12,15 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from helpers.basics import ROOT
+from helpers.basics import ROOT, copy_of_root
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import start_new_kernel
 from playwright.sync_api import Browser, Page, expect
+from test_lessons_again import again
 
+from workbook import cluster
 from workbook.book.__main__ import chapters, front_page, with_anchors
-from workbook.lesson import lessons
+from workbook.lesson import lessons, ports_of
 
 PYTHON = ROOT / "build/book-venv/bin/python"
 LOCK = "Pipfile.lock"
@@ -88,7 +93,7 @@ def test_the_cell_of_a_takeaway_is_there_and_has_run(name: str, cell: str) -> No
 
 
 def make_book(target: Path, *options: str) -> Path:
-    command = [PYTHON, "-m", "workbook.book", f"--target={target}", *options]
+    command = [str(PYTHON), "-m", "workbook.book", f"--target={target}", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return target
@@ -188,7 +193,8 @@ def test_links_of_a_published_book_lead_to_the_files_of_its_commit(
     assert f"{REPOSITORY}/blob/abc/gateway.py" in page.links
     for path in published.rglob("*.html"):
         assert not any(link.startswith("../../../") for link in Links(path).links)
-    assert "https://codespaces.new/somebody/clothes" in Links(published / "index.html").links
+    front = Links(published / "index.html").links
+    assert {"https://codespaces.new/somebody/clothes", "workbook/index.html"} <= {*front}
     assert list(tmp_path.iterdir()) == [published], "something else was left behind"
 
 
@@ -204,7 +210,7 @@ def test_a_link_that_leads_nowhere_stops_the_book_and_keeps_the_one_before(
     kept = clone / "build/book/index.html"
     kept.parent.mkdir(parents=True)
     kept.touch()
-    command = [PYTHON, "-m", "workbook.book"]
+    command = [str(PYTHON), "-m", "workbook.book"]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
     assert done.returncode != 0 and "nowhere.py is nowhere" in done.stderr
     assert kept.exists() and [path.name for path in (clone / "build").iterdir()] == ["book"]
@@ -302,3 +308,93 @@ def test_paper_shows_the_text_and_no_navigation(visit: Callable[..., Page]) -> N
 
 
 # --- where it is launched ------------------------------------------------------------------------
+
+
+def container() -> dict:
+    return json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+
+
+def oldest_python() -> str:
+    """The Python that the locks are made with, such as 3.11."""
+    found = re.search(r'^PYTHONS = \("(\d+\.\d+)\.', (ROOT / "workbook/lock.py").read_text(), re.M)
+    assert found
+    return found[1]
+
+
+def test_codespaces_and_binder_have_the_python_of_the_locks() -> None:
+    image, _, tag = container()["image"].partition(":")
+    assert image.endswith("/devcontainers/python") and tag == f"{oldest_python()}-bookworm"
+    assert (ROOT / ".binder/runtime.txt").read_text() == f"python-{oldest_python()}\n"
+
+
+def test_a_codespace_has_docker_and_every_port_of_the_lessons() -> None:
+    said = container()
+    (docker,) = said["features"]
+    assert re.fullmatch(r"ghcr\.io/devcontainers/features/docker-in-docker:\d+\.\d+\.\d+", docker)
+    ports = {value for path in lessons(ROOT / "notebooks") for value in ports_of(path).values()}
+    assert {8500, 8501, 9696} <= ports & {*said["forwardPorts"]} and 8888 in said["forwardPorts"]
+    assert {*map(int, said["portsAttributes"])} == {*said["forwardPorts"]}
+    assert said["remoteEnv"]["PATH"].startswith("${containerWorkspaceFolder}/.venv/bin:")
+    script = ROOT / said["postCreateCommand"]
+    assert os.access(script, os.X_OK)
+
+
+def test_badges_and_the_text_below_them_name_both_places() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for place in ("https://codespaces.new", "https://mybinder.org"):
+        assert readme.count(f"]({place})") == 1
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone in which everything is installed already."""
+    clone = copy_of_root(tmp_path)
+    for name in (".venv", ".tools"):
+        (clone / name).symlink_to(ROOT / name)
+    # The set-up has nothing to do where this folder's environment is current.
+    return clone
+
+
+@again
+def test_what_binder_builds_has_a_model_and_a_kernel_with_the_packages_of_the_lock(
+    clone: Path, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "prefix"
+    done = subprocess.run(
+        [clone / ".binder/postBuild"],
+        env={**os.environ, "NB_PYTHON_PREFIX": str(prefix), "WORKBOOK_ENGINE": "embedded"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (clone / "build/clothing-model/1/model.tflite").exists()
+    specs = KernelSpecManager(kernel_dirs=[str(prefix / "share/jupyter/kernels")])
+    manager, client = start_new_kernel(kernel_spec_manager=specs)
+    try:
+        answer = client.execute_interactive("import tfserving, tensorflow_serving", timeout=60)
+        assert answer["content"]["status"] == "ok"
+        (python, *_) = specs.get_kernel_spec("python3").argv
+        assert Path(python) == clone / ".venv/bin/python"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+@again
+def test_what_a_codespace_runs_first_makes_a_model_and_finds_the_kind_of_the_lessons(
+    clone: Path, tmp_path: Path
+) -> None:
+    kind = tmp_path / "bin/kind"
+    kind.parent.mkdir()
+    kind.write_text(f'#!/bin/sh\necho "kind {cluster.KIND_VERSION}"\n')
+    kind.chmod(0o755)
+    path = f"{kind.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [clone / ".devcontainer/create"],
+        env={**os.environ, "PATH": path, "WORKBOOK_ENGINE": "embedded"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Kind is there." in done.stdout.splitlines()
+    assert (clone / "build/clothing-model/1/model.tflite").exists()

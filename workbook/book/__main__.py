@@ -42,15 +42,16 @@ def chapters(root: Path) -> dict[str, list[str]]:
 def front_page(readme: str, parts: dict[str, list[str]], repository: str = "") -> str:
     """Return the front page: the README, and below it the list that the book is made of.
 
-    Badges are pictures of others, and a book asks nobody: links that launch stand in their place,
-    where the address of the repository is known.
+    Badges are pictures of others, and a book asks nobody. In a published book, links stand in their
+    place: to what launches the repository, and to its executed lessons, which lie beside the book.
     """
     launch = ""
     if repository:
         name = urlsplit(repository).path.strip("/")
         launch = (
             f"Run it: [GitHub Codespaces](https://codespaces.new/{name}), "
-            f"[Binder](https://mybinder.org/v2/gh/{name}/HEAD?urlpath=lab/tree/notebooks)\n"
+            f"[Binder](https://mybinder.org/v2/gh/{name}/HEAD?urlpath=lab/tree/notebooks). "
+            '<a href="workbook/index.html">See what the lessons printed</a> in the last run.\n'
         )
     badges = re.compile(r"(^\[!\[.*\n)+", re.MULTILINE)
     readme = badges.sub(lambda _: launch, readme, count=1)
@@ -119,7 +120,7 @@ def main() -> int:
     """Run the command line; 0 if the book is there, and without a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=Path, default=ROOT / "build" / "book")
-    parser.add_argument("--repository", default="", help="such as https://github.com/you/yours")
+    parser.add_argument("--repository", default="", help="where it is published from")
     parser.add_argument("--commit", default="HEAD", help="whose files links lead to there")
     arguments = parser.parse_args()
     target = arguments.target.resolve()
