@@ -5,7 +5,7 @@ PY := .venv/bin/python
 # Jupyter finds the kernel named python3 in .venv, whatever else is installed for this user.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: help workbook test lint lab serve bench load lock clean setup tools
+.PHONY: help workbook test lint lab serve bench load book lock clean setup tools
 
 help:
 	@echo "Clothes to Cluster"
@@ -24,6 +24,8 @@ help:
 	@echo "  make load       send pictures to a gateway for 30 seconds, with 8 clients, and print how"
 	@echo "                  it did: make load HOST=http://localhost:9696 (with Locust's own page at"
 	@echo "                  a port: PAGE=8089; see bench/locustfile.py for the rest)"
+	@echo "  make book       render the lessons and docs, with the outputs that they are committed with,"
+	@echo "                  as a book to build/book/"
 	@echo "  make lock       write the newest versions into Pipfile.lock"
 	@echo "  make clean      remove everything that these commands have made"
 	@echo
@@ -42,13 +44,15 @@ workbook: setup
 test: setup
 	@$(PY) -m pytest -n 6 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+SCRIPTS := .ci/run workbook/setup.sh .binder/postBuild .devcontainer/create
+
 # .pre-commit-config.yaml has the same commands.
 lint: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	@if command -v shellcheck >/dev/null; then echo "shellcheck"; shellcheck .ci/run workbook/setup.sh; \
-	else echo "shellcheck is not installed: .ci/run and workbook/setup.sh are not checked"; fi
+	@if command -v shellcheck >/dev/null; then echo "shellcheck"; shellcheck $(SCRIPTS); \
+	else echo "shellcheck is not installed: $(SCRIPTS) are not checked"; fi
 
 lab: setup
 	@$(PY) -m jupyterlab --allow-root --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
@@ -67,6 +71,11 @@ load: setup
 	  $(if $(PICTURES),--pictures $(PICTURES)) $(if $(TAGS),--tags $(TAGS)) \
 	  --users $(or $(CLIENTS),8) --spawn-rate 100 --run-time $(or $(SECONDS),30)s --exit-code-on-error 0 \
 	  $(if $(PAGE),--web-host 127.0.0.1 --web-port $(PAGE),--headless --only-summary --csv build/load/load)
+
+# A book runs nothing, so it does not wait for the packages of the lessons.
+book: tools
+	@workbook/setup.sh book
+	@build/book-venv/bin/python -m workbook.book $(ARGS)
 
 lock: tools
 	@.tools/bin/python workbook/lock.py

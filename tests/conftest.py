@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from helpers.serving import Client
 
 if TYPE_CHECKING:
     from hostile.namespace import Namespace
+    from playwright.sync_api import Browser
 
 # What a shell starts in the background ignores Ctrl-C, and what the tests start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -173,6 +175,25 @@ def namespace() -> "Iterator[Namespace]":
 
     with Namespace() as namespace:
         yield namespace
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium: this machine's, or Playwright's own."""
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=30_000)
+    # The first is the same browser without its windows, and starts with a third of the work.
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    with sync_playwright() as playwright:
+        if not found and not os.path.exists(playwright.chromium.executable_path):
+            pytest.skip(f"no browser: neither {', '.join(names)} nor Playwright's own")
+        browser = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
 
 
 def export(base_path: Path, lite: bool = False, /, **parameters: object) -> Path:

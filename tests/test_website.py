@@ -6,9 +6,7 @@ that moved by itself.
 """
 
 import itertools
-import os
 import re
-import shutil
 import threading
 import time
 from base64 import b64encode
@@ -26,7 +24,7 @@ from helpers.basics import CLASSES, ROOT, describe_model, free_port
 from helpers.images import encode
 from helpers.servers import Server, WebHost, serve
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 from werkzeug.serving import make_server
 
 import description
@@ -109,22 +107,6 @@ def gateway(start_gateway, clothing_server, host, described: dict[str, str]) -> 
 @pytest.fixture(scope="module")
 def locked_gateway(start_gateway, clothing_server, described: dict[str, str]) -> Server:
     return start_gateway(clothing_server.grpc, GATEWAY_API_KEY=KEY, **described)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=30_000)
-    # The first is the same browser without its windows, and starts with a third of the work.
-    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    with sync_playwright() as playwright:
-        if not found and not os.path.exists(playwright.chromium.executable_path):
-            pytest.skip(f"no browser: neither {', '.join(names)} nor Playwright's own")
-        browser = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

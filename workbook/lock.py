@@ -1,4 +1,4 @@
-"""Lock the packages of both Pipfiles: `make lock`.
+"""Lock the packages of all Pipfiles: `make lock`.
 
 A lock is for every platform and every Python that the README promises, and names no index.
 """
@@ -56,5 +56,5 @@ if __name__ == "__main__":
         sys.exit(
             "Locks are made with the oldest Python: make clean, then make lock PYTHON=python3.11."
         )
-    for each in (Path("Pipfile"), Path("bench/Pipfile")):
+    for each in (Path("Pipfile"), Path("bench/Pipfile"), Path("workbook/book/Pipfile")):
         lock(each)

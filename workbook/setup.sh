@@ -1,7 +1,8 @@
 #!/bin/sh
 # Makes .tools/ (Pipenv) and .venv/ (the packages of Pipfile.lock), where they are missing or old.
 # It takes the Python that PYTHON names, if that is set.
-# `setup.sh tools` makes .tools/ only. `setup.sh peers` makes build/peers-venv/ for `make bench`.
+# `setup.sh tools` makes .tools/ only. `setup.sh peers` makes build/peers-venv/ for `make bench`, and
+# `setup.sh book` makes build/book-venv/ for `make book`.
 set -eu
 cd "$(dirname "$0")/.."
 pipenv=2026.10.3
@@ -78,12 +79,19 @@ if ! has_pipenv; then
   { "$python" -m venv --clear .tools && .tools/bin/python -m pip install "pipenv==$pipenv"; } >"$log" 2>&1 || explain
 fi
 
-if [ "${1:-}" = peers ] && ! cmp -s bench/Pipfile.lock build/peers-venv/Pipfile.lock; then
-  echo "installing the packages that make bench compares with into build/peers-venv/ (log in $log)"
-  .venv/bin/python -m venv --clear build/peers-venv
-  env -u PIPENV_IGNORE_VIRTUALENVS PIPENV_PIPFILE="$PWD/bench/Pipfile" \
-    VIRTUAL_ENV="$PWD/build/peers-venv" .tools/bin/python -m pipenv sync >"$log" 2>&1 || explain
-  verify build/peers-venv bench/Pipfile.lock
+install_apart() { # make an environment of its own, from the lock of a folder
+  if cmp -s "$1/Pipfile.lock" "$2/Pipfile.lock"; then return; fi
+  echo "installing the packages $3 into $2/ (log in $log)"
+  .tools/bin/python -m venv --clear "$2"
+  env -u PIPENV_IGNORE_VIRTUALENVS PIPENV_PIPFILE="$PWD/$1/Pipfile" \
+    VIRTUAL_ENV="$PWD/$2" .tools/bin/python -m pipenv sync >"$log" 2>&1 || explain
+  verify "$2" "$1/Pipfile.lock"
+}
+
+if [ "${1:-}" = peers ]; then
+  install_apart bench build/peers-venv "that make bench compares with"
+elif [ "${1:-}" = book ]; then
+  install_apart workbook/book build/book-venv "that make book renders with"
 elif [ "${1:-}" = "" ]; then
   .venv/bin/python -c '' 2>/dev/null || rm -rf .venv
   echo "installing the packages of Pipfile.lock into .venv/ (about 2 minutes, log in $log)"

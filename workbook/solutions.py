@@ -94,14 +94,9 @@ def set_parameters(notebook: NotebookNode, values: dict[str, Any]) -> None:
 def execute(notebook: NotebookNode, **environment: str) -> None:
     """Execute a notebook at the repository's root; its outputs go into its cells."""
     resources = {"metadata": {"path": str(ROOT)}}
-<<<<<<< HEAD
     client = NotebookClient(
         notebook, kernel_name="python3", timeout=900, resources=resources, coalesce_streams=True
     )
-=======
-    options = {"timeout": 900, "resources": resources, "coalesce_streams": True}
-    client = NotebookClient(notebook, kernel_name="python3", **options)
->>>>>>> w-ex1
     client.execute(env=os.environ | environment)
 
 
