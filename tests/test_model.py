@@ -24,11 +24,8 @@ from model_server.training.draw import draw
 from tfserving import messages_pb2, services_pb2_grpc
 from tfserving.tensors import make_ndarray, make_tensor_proto
 from workbook.draw_cluster import cluster
-<<<<<<< HEAD
 from workbook.draw_details import PICTURES
-=======
 from workbook.draw_steps import STEPS, localhost, steps
->>>>>>> w-ex1
 from workbook.draw_system import LESSONS, system
 
 MEGABYTE = 1_000_000
@@ -228,11 +225,11 @@ def test_the_picture_of_a_cluster_is_what_its_script_draws() -> None:
     assert (ROOT / "notebooks/figures/cluster.svg").read_text() == cluster()
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_of_details_are_what_their_script_draws(name: str) -> None:
     assert (ROOT / f"notebooks/figures/{name}.svg").read_text() == PICTURES[name]()
-=======
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_columns_of_steps_are_what_their_script_draws(name: str) -> None:
     assert (ROOT / f"notebooks/figures/{name}.svg").read_text() == steps(STEPS[name])
@@ -240,7 +237,6 @@ def test_columns_of_steps_are_what_their_script_draws(name: str) -> None:
 
 def test_the_picture_of_localhost_is_what_its_script_draws() -> None:
     assert (ROOT / "notebooks/figures/05-localhost.svg").read_text() == localhost()
->>>>>>> w-ex1
 
 
 @pytest.mark.train
