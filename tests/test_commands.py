@@ -116,7 +116,19 @@ def busy_ports() -> Iterator[list[int]]:
 
 def test_make_alone_lists_the_commands() -> None:
     listed = run("make").stdout
-    for target in ("workbook", "test", "lint", "lab", "serve", "bench", "load", "lock", "clean"):
+    targets = (
+        "doctor",
+        "workbook",
+        "test",
+        "lint",
+        "lab",
+        "serve",
+        "bench",
+        "load",
+        "lock",
+        "clean",
+    )
+    for target in targets:
         assert re.search(rf"^  make {target} ", listed, re.MULTILINE)
         assert run("make", "--dry-run", target).returncode == 0
 
