@@ -5,11 +5,12 @@ PY := .venv/bin/python
 # Jupyter finds the kernel named python3 in .venv, whatever else is installed for this user.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: help workbook test lint lab serve bench load book lock clean setup tools
+.PHONY: help doctor workbook test lint lab serve bench load book lock clean setup tools
 
 help:
 	@echo "Clothes to Cluster"
 	@echo
+	@echo "  make doctor     look at this machine, and say what each lesson will run on it"
 	@echo "  make workbook   execute the lessons and write them as pages to build/workbook/"
 	@echo "                  (some of them: make workbook ONLY=\"02 03\")"
 	@echo "  make test       run the tests; if a Docker engine answers, build images and run"
@@ -37,6 +38,12 @@ setup:
 
 tools:
 	@workbook/setup.sh tools
+
+# It installs nothing, and takes whatever Python there is.
+doctor:
+	@python=.venv/bin/python; "$$python" -c '' 2>/dev/null \
+	  || python=$$(workbook/setup.sh python 2>/dev/null) || python=python3; \
+	command -v "$$python" >/dev/null || exec workbook/setup.sh python; "$$python" -m workbook.doctor
 
 workbook: setup
 	@$(PY) -m workbook.run --only $(ONLY)

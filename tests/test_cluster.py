@@ -133,6 +133,24 @@ def test_a_cluster_that_cannot_be_created_is_said_and_removed(here: Path, stub: 
     assert calls(here, "kind delete")
 
 
+def test_old_control_groups_are_noticed_before_anything_is_fetched(here: Path, stub: Stub) -> None:
+    """Since Kubernetes 1.35 a node does not start with them, but only after minutes."""
+    stub("docker", """case "$*" in *CgroupVersion*) echo 1;; *) echo answer;; esac""")
+    kind(stub)
+    assert "this Docker has version 1" in cluster.choose_cluster().why
+    assert not calls(here, "kind create") and not calls(here, "docker pull")
+
+
+def test_looking_fetches_and_creates_nothing(here: Path, stub: Stub) -> None:
+    stub("docker", """case "$1 $2" in "image inspect") exit 1;; *) echo answer;; esac""")
+    assert cluster.choose_cluster(look_only=True).engine == "kubernetes"
+    assert not calls(here, "docker pull") and not (here / "build").exists()
+    docker(stub)
+    kind(stub)
+    assert cluster.choose_cluster(look_only=True).engine == "kubernetes"
+    assert not calls(here, "kind create") and not calls(here, "kind export")
+
+
 def test_interrupting_kind_leaves_no_half_of_a_cluster(
     here: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

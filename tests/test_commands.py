@@ -117,7 +117,7 @@ def busy_ports() -> Iterator[list[int]]:
 
 def test_make_alone_lists_the_commands() -> None:
     listed = run("make").stdout
-    targets = "workbook test lint lab serve bench load book lock clean"
+    targets = "doctor workbook test lint lab serve bench load book lock clean"
     for target in targets.split():
         assert re.search(rf"^  make {target} ", listed, re.MULTILINE)
         assert run("make", "--dry-run", target).returncode == 0

@@ -17,8 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from workbook import engine
 
 NAME = "clothes"
@@ -49,7 +47,10 @@ class Cluster(NamedTuple):
 
 
 def choose_cluster(
-    wanted: str = "auto", images: tuple[str, ...] = (), namespace: str = ""
+    wanted: str = "auto",
+    images: tuple[str, ...] = (),
+    namespace: str = "",
+    look_only: bool = False,
 ) -> Cluster:
     """Choose what runs the pods, and create the lessons' own cluster where that is possible.
 
@@ -58,6 +59,7 @@ def choose_cluster(
             WORKBOOK_ENGINE decides, if it is set.
         images: the pods' images, which Docker must have for a cluster.
         namespace: where the pods shall be; nobody else's, for it is deleted in the end.
+        look_only: neither fetch nor create anything, and take it that both would succeed.
 
     Raises RuntimeError, with a sentence that says why, if Docker or the cluster of WORKBOOK_CONTEXT
     was asked for and cannot be used, or if the namespace is somebody else's.
@@ -74,7 +76,7 @@ def choose_cluster(
             )
         why = f"WORKBOOK_CONTEXT names {context}"
         return within(namespace, Cluster("kubernetes", why, kubectl))
-    own = images_obstacle(images) or own_cluster()
+    own = images_obstacle(images) or own_cluster(look_only)
     if isinstance(own, Cluster):
         return within(namespace, own)
     return Cluster(*engine.settle_for_embedded(wanted, f"there is no cluster: {own}"))
@@ -113,17 +115,23 @@ def answers(kubectl: str) -> bool:
     return subprocess.run(words, capture_output=True, timeout=60).returncode == 0
 
 
-def own_cluster() -> Cluster | str:
+def own_cluster(look_only: bool = False) -> Cluster | str:
     """Return the lessons' cluster, which is created if need be, or say why there is none."""
     kubectl = f"kubectl --kubeconfig {KUBECONFIG} --context kind-{NAME}"
-    if obstacle := kind_obstacle():
+    if obstacle := kind_obstacle(look_only):
         return obstacle
+    if engine.docker("info", "--format", "{{.CgroupVersion}}") == "1":
+        return "Kubernetes needs control groups of version 2, and this Docker has version 1"
+    if look_only:
+        return Cluster("kubernetes", f"Kind has the cluster {NAME}, or can create it", kubectl)
     KUBECONFIG.parent.mkdir(exist_ok=True)
     if NAME in kind("get", "clusters").stdout.split():
         kind("export", "kubeconfig", *OWN)
         if answers(kubectl):
             return Cluster("kubernetes", f"the Kind cluster {NAME} was there", kubectl)
         return f"that of Kind does not answer: kind delete cluster --name {NAME}"
+    import yaml  # here, so that `look_only` works before anything is installed
+
     image = yaml.safe_load(KIND_CONFIG.read_text())["nodes"][0]["image"]
     if not engine.docker("image", "inspect", image) and (obstacle := engine.pull_obstacle(image)):
         return obstacle
@@ -143,10 +151,11 @@ def kind(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["kind", *arguments], capture_output=True, text=True)
 
 
-def kind_obstacle() -> str | None:
+def kind_obstacle(look_only: bool = False) -> str | None:
     """See to it that the pinned `kind` is on PATH, or say why it is not.
 
-    It is had from its makers if its checksum is right, and put beside this environment's Python.
+    It is had from its makers if its checksum is right, and put beside this environment's Python;
+    with `look_only`, it is not.
     """
     if shutil.which("kind") and KIND_VERSION in kind("version").stdout:
         return None
@@ -154,6 +163,8 @@ def kind_obstacle() -> str | None:
     machine = f"{platform.system().lower()}-{engine.MACHINES.get(machine, machine)}"
     if machine not in KIND_SHA256:
         return f"Kind is not made for {machine}"
+    if look_only:
+        return None
     try:
         url = f"{KIND_URL}/{KIND_VERSION}/kind-{machine}"
         with urllib.request.urlopen(url, timeout=engine.PROBE_SECONDS) as answer:
@@ -184,8 +195,13 @@ def load_command(image: str) -> str:
             f" IMAGE_LOADER='minikube image load' or 'k3d image import --cluster NAME'"
             " (docs/troubleshooting.md#no-way-for-an-image-into-the-cluster)."
         )
-    if "io.containerd.snapshotter" in engine.docker("info", "--format", "{{.DriverStatus}}"):
+    if has_containerd_store():
         archive = f"build/{image.replace(':', '-')}.tar"
         load = f"kind load image-archive --name {NAME} {archive}"
         return f"docker save --output {archive} {image} && {load} && rm {archive}"
     return f"kind load docker-image --name {NAME} {image}"
+
+
+def has_containerd_store() -> bool:
+    """Say whether this Docker keeps images as containerd does."""
+    return "io.containerd.snapshotter" in engine.docker("info", "--format", "{{.DriverStatus}}")

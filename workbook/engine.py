@@ -13,20 +13,23 @@ PROBE_SECONDS = 10.0
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
-def choose_engine(wanted: str = "auto", image: str | None = SERVING_IMAGE) -> tuple[str, str]:
+def choose_engine(
+    wanted: str = "auto", image: str | None = SERVING_IMAGE, look_only: bool = False
+) -> tuple[str, str]:
     """Choose what runs TensorFlow Serving, and fetch its Docker image where that is possible.
 
     Args:
         wanted: `auto`, `docker` or `embedded`; for `auto` WORKBOOK_ENGINE decides, if it is set.
         image: what must be on this machine, or be had from its registry; None for images that are
             built here, with any engine that has Compose.
+        look_only: fetch nothing, and take it that an image can be had from its registry.
 
     Returns `docker` or `embedded`, and the reason in one phrase. Raises RuntimeError, with a
     sentence that says why, if Docker was asked for and cannot be used.
     """
     if wanted_engine(wanted) == "embedded":
         return "embedded", "asked for"
-    if obstacle := docker_obstacle(image):
+    if obstacle := docker_obstacle(image, look_only):
         return settle_for_embedded(wanted, obstacle)
     return "docker", f"a Docker engine answers and has {image or 'Compose'}"
 
@@ -50,8 +53,11 @@ def settle_for_embedded(wanted: str, obstacle: str) -> tuple[str, str]:
     return "embedded", obstacle
 
 
-def docker_obstacle(image: str | None) -> str | None:
-    """Say what keeps `image` (None: Compose) from running in Docker here, or None: nothing."""
+def docker_obstacle(image: str | None, look_only: bool = False) -> str | None:
+    """Say what keeps `image` (None: Compose) from running in Docker here, or None: nothing.
+
+    An image that is not here is pulled; with `look_only`, it is not.
+    """
     if shutil.which("docker") is None:
         return "there is no docker command"
     machine = docker("info", "--format", "{{.Architecture}}")
@@ -64,7 +70,7 @@ def docker_obstacle(image: str | None) -> str | None:
     if not (found := docker("image", "inspect", "--format={{.Architecture}}", image)):
         if processor != "amd64":
             return f"{image} is made for amd64 and this engine runs on {machine}"
-        return pull_obstacle(image)
+        return None if look_only else pull_obstacle(image)
     if found != processor:
         return f"the {image} that is here was made for another processor than {machine}"
     return None

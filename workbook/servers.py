@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import Any
 
 import psutil
 from tqdm import tqdm
+
+from workbook.ports import is_busy
 
 running: dict[str, subprocess.Popen] = {}
 logs: dict[str, Path] = {}
@@ -98,13 +99,6 @@ def require_free_ports(*ports: int) -> None:
                 f"Port {port} is in use by {holder}: end it, or choose another port in the cell"
                 " of parameters (docs/troubleshooting.md#a-port-is-in-use)."
             )
-
-
-def is_busy(port: int) -> bool:
-    """Say whether somebody listens at this port of the loopback interface."""
-    with suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
-        return True
-    return False
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 300) -> None:

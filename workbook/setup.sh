@@ -3,6 +3,8 @@
 # It takes the Python that PYTHON names, if that is set.
 # `setup.sh tools` makes .tools/ only. `setup.sh peers` makes build/peers-venv/ for `make bench`, and
 # `setup.sh book` makes build/book-venv/ for `make book`.
+# `setup.sh python` prints which Python it would take, and `setup.sh current` says by its status
+# whether .venv/ is up to date; neither makes anything.
 set -eu
 cd "$(dirname "$0")/.."
 pipenv=2026.10.3
@@ -66,6 +68,8 @@ verify() { # check that an environment holds all of a lock; only then does it co
 # Whatever a user has set for other work, packages go into our folders and pass through our disk.
 unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_DRY_RUN PIP_NO_DEPS PIP_REQUIRE_HASHES PIPENV_PIPFILE PIPENV_PYTHON
 export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0
+if [ "${1:-}" = python ]; then find_python; exit; fi
+if [ "${1:-}" = current ]; then is_current; exit; fi
 if [ -n "${PYTHON:-}" ]; then check_choice; fi
 if [ "${1:-}" = "" ] && is_current; then exit; fi
 mkdir -p build/tmp
