@@ -22,8 +22,12 @@ ENDINGS = [
     ["Checkpoint", "Exercises", "Clean up", "What you built"],
     ["Checkpoint", "Clean up", "What you built", "Exercises"],
 ]
-# Ranges that belong to no machine of ours: examples, and the metadata address of the clouds.
-EXAMPLES = ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "169.254.169.254/32")
+# Ranges that belong to no machine of ours: examples, the metadata address of the clouds, and what
+# clusters give to Services and pods unless they are told otherwise.
+EXAMPLES = (
+    *("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "169.254.169.254/32"),
+    *("10.96.0.0/12", "10.244.0.0/16"),
+)
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

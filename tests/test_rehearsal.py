@@ -406,9 +406,6 @@ def test_a_name_that_leads_nowhere_yet_is_waited_for(
 
 POD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "spec.template.spec.initContainers": lambda pod: pod.update(initContainers=[{"name": "a"}]),
-    "spec.template.spec.containers.readinessProbe.tcpSocket": lambda pod: pod["containers"][
-        0
-    ].update(readinessProbe={"tcpSocket": {"port": 1}}),
     "spec.template.spec.containers.livenessProbe.exec": lambda pod: pod["containers"][0].update(
         livenessProbe={"exec": {"command": ["true"]}}
     ),
