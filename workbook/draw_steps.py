@@ -99,7 +99,7 @@ STEPS = {
         Step("FROM scratch", "nothing at all", ("takes these", "and our code"), True),
     ],
 }
-WIDTH, COLUMN, STEP, HALF = 434, 246, 92, 28
+WIDTH, COLUMN, STEP, HALF = 434, 230, 92, 28
 
 
 def steps(column: list[Step]) -> str:
