@@ -37,6 +37,14 @@ STEPS = {
         Step("frozen graph", "the weights are inside"),
         Step("probabilities", "one for each class", ("all three", "end here")),
     ],
+    "03-request": [
+        Step(
+            "PredictRequest", "one message", ("model_spec:", "which model, and", "which signature")
+        ),
+        Step("inputs", "a tensor for each name"),
+        Step("TensorProto", "one array", ("dtype: float32", "shape: 1, 224, 224, 3")),
+        Step("tensor_content", "its numbers, as bytes", ("nearly all", "that is sent"), True),
+    ],
     "04-functions": [
         Step("fetch", "a link becomes bytes", ("requests",)),
         Step("prepare", "bytes become numbers", ("Pillow and NumPy",)),
@@ -91,7 +99,7 @@ STEPS = {
         Step("FROM scratch", "nothing at all", ("takes these", "and our code"), True),
     ],
 }
-WIDTH, COLUMN, STEP, HALF = 434, 246, 92, 28
+WIDTH, COLUMN, STEP, HALF = 434, 230, 92, 28
 
 
 def steps(column: list[Step]) -> str:
