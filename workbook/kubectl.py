@@ -16,7 +16,7 @@ import yaml
 from workbook import servers
 from workbook.cluster import Cluster, load_command
 from workbook.engine import run
-from workbook.manifests import container, port_number, read_image
+from workbook.manifests import Manifest, port_number, read_image
 from workbook.pods import Pod
 from workbook.rehearsal import Rehearsal
 
@@ -39,6 +39,13 @@ KINDS = {
     "services": ("service", "NAME TYPE CLUSTER-IP EXTERNAL-IP PORT(S) AGE"),
     "deployments": ("deployment.apps", "NAME READY UP-TO-DATE AVAILABLE AGE"),
     "endpointslices": ("endpointslice.discovery.k8s.io", "NAME ADDRESSTYPE PORTS ENDPOINTS AGE"),
+}
+# The kinds of which one object can be read and changed, as commands name them.
+SINGULAR = {
+    "deployment": "Deployment",
+    "horizontalpodautoscaler": "HorizontalPodAutoscaler",
+    "networkpolicy": "NetworkPolicy",
+    "service": "Service",
 }
 
 
@@ -64,7 +71,7 @@ class Kubectl:
         if self.again:
             self.opened[namespace].close()
         self.opened[namespace] = self
-        self.cluster, self.closing = cluster, ExitStack()
+        self.cluster, self.namespace, self.closing = cluster, namespace, ExitStack()
         self.command = f"{cluster.kubectl} --namespace {namespace}"
         self.rehearsal = None if cluster.engine == "kubernetes" else Rehearsal(namespace)
         if self.rehearsal is not None:
@@ -123,6 +130,34 @@ class Kubectl:
             found.append(PodState(item["metadata"]["name"], ready, restarts))
         return found
 
+    def reach(self, service: str, port: int, local_port: int) -> str:
+        """Return an address of this machine behind which the ready pods of a Service answer.
+
+        On a cluster it is that of `kubectl proxy`. The API server passes requests on to what the
+        Service's EndpointSlices name, as a client's would be; `forward` goes past them, to a pod.
+        """
+        print(f"{'$ ' + self.command if self.rehearsal is None else 'rehearsal:'} proxy &")
+        if self.rehearsal is not None:
+            return f"http://127.0.0.1:{self.rehearsal.expose(service, port)}"
+        name, words = f"proxy {local_port}", shlex.split(f"{self.command} proxy")
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        tunnel = servers.start(
+            name, [*words, "--port", f"{local_port}"], [local_port], text=True, **output
+        )
+        self.closing.callback(servers.stop, name)
+        assert tunnel.stdout is not None
+        if not (line := tunnel.stdout.readline()).startswith("Starting to serve"):
+            raise RuntimeError(f"This failed: kubectl proxy: {line}")
+        there = f"namespaces/{self.namespace}/services/{service}:{port}/proxy"
+        return f"http://127.0.0.1:{local_port}/api/v1/{there}"
+
+    def object(self, kind: str, name: str) -> Manifest:
+        """Return an object as the API server has it; `kind` is as in commands: `deployment`."""
+        if self.rehearsal is not None:
+            return self.rehearsal.object(SINGULAR[kind], name)
+        command = f"{self.command} get {kind} {name} --output json"
+        return json.loads(subprocess.check_output(shlex.split(command)))
+
     def kill(self, pod: str) -> None:
         """End the first process of a pod's container, as a crash would."""
         if self.rehearsal is None:
@@ -149,10 +184,15 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
     match words:
         case ["get", kinds] if {*kinds.split(",")} <= {*KINDS}:
             print_tables(rehearsal, kinds.split(","))
+        case ["get", kind, name, "--output", "yaml"] if kind in SINGULAR:
+            print(yaml.safe_dump(rehearsal.object(SINGULAR[kind], name)), end="")
         case ["describe", "pod", name]:
             describe(rehearsal.pod(name), rehearsal.namespace)
         case ["logs", name]:
             print(rehearsal.pod(name).log.read_text(errors="replace"), end="")
+        case ["logs", name, "--tail", number]:
+            log = rehearsal.pod(name).log.read_text(errors="replace")
+            print(*log.splitlines(keepends=True)[-int(number) :], sep="", end="")
         case ["exec", *kind, name] if kind in ([], ["deployment"]):
             new, old = rehearsal.live_pods(name) if kind else ([rehearsal.pod(name)], [])
             if not (new or old):
@@ -176,10 +216,10 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
         case ["scale", "deployment", name, "--replicas", number]:
             rehearsal.change(name, lambda spec: spec.update(replicas=int(number)))
             print(f"deployment.apps/{name} scaled")
-        case ["set", "image", "deployment", name, change]:
-            image = change.partition("=")[2]
-            rehearsal.change(name, lambda spec: container(spec["template"]).update(image=image))
-            print(f"deployment.apps/{name} image updated")
+        case ["set", ("image" | "env" | "resources") as what, "deployment", name, *changes]:
+            edit(rehearsal, ["set", what], "deployment", name, changes)
+        case ["patch", kind, name, *options] if kind in SINGULAR:
+            edit(rehearsal, ["patch"], kind, name, options)
         case ["rollout", "undo", "deployment", name]:
             rehearsal.object("Deployment", name)  # or it is not found
             before = rehearsal.revisions[name][-2:-1]
@@ -202,7 +242,8 @@ def words_of(command: str) -> tuple[list[str], list[str]]:
     `scale deployment/ping --replicas=3` becomes `scale deployment ping --replicas 3`.
     """
     outside, _, inside = command.partition(" -- ")
-    apart = re.sub(r"( deployment)/|( --[a-z-]+)=", r"\1\2 ", outside)
+    kinds = "|".join(SINGULAR)
+    apart = re.sub(rf"( (?:{kinds}))/|( --[a-z-]+)=", r"\1\2 ", outside)
     return shlex.split(apart), shlex.split(inside)
 
 
@@ -221,6 +262,22 @@ def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
         how = "unchanged" if same else "configured" if known else "created"
         group = each["apiVersion"].rpartition("/")[0]
         print(f"{kind.lower()}{'.' * bool(group)}{group}/{name} {how}")
+
+
+def edit(rehearsal: Rehearsal, verb: list[str], kind: str, name: str, changes: list[str]) -> None:
+    """Have kubectl itself change an object, outside any cluster, and print what it says."""
+    text = json.dumps(rehearsal.object(SINGULAR[kind], name))
+    words = ["kubectl", *verb, "--local", "--filename", "-", *changes]
+    said, done = (
+        subprocess.run([*words, *form], input=text, capture_output=True, text=True)
+        for form in ([], ["--output", "json"])
+    )
+    if done.returncode:
+        raise ValueError(done.stderr.strip().removeprefix("error: "))
+    changed = json.loads(done.stdout)
+    changed.pop("status", None)
+    rehearsal.apply([changed])
+    print(said.stdout, end="")
 
 
 def print_tables(rehearsal: Rehearsal, kinds: list[str]) -> None:
@@ -257,10 +314,14 @@ def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
             yield [name, spec.get("type", "ClusterIP"), own, outside, ports, made]
     elif kind == "endpointslices":
         for name in rehearsal.objects["Service"]:
-            port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
-            addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
-            number = f"{port_number(found[0].container, port)}" if found else "<unset>"
-            yield [name, "IPv4", number, addresses, age(rehearsal.made["Service", name])]
+            port, found = rehearsal.target_port(name), rehearsal.pods_behind(name)
+            try:
+                number = f"{port_number(found[0].container, port)}" if found else "<unset>"
+                addresses = [pod.address(port) for pod in found]
+            except ValueError:  # the pods have no port of this name
+                number, addresses = "<unset>", ["127.0.0.1" for _ in found]
+            made = age(rehearsal.made["Service", name])
+            yield [name, "IPv4", number, ",".join(addresses) or "<unset>", made]
 
 
 def describe(pod: Pod, namespace: str) -> None:

@@ -37,6 +37,12 @@ from workbook.servers import is_busy, require_free_ports
 ENDPOINTS_TICKS = 5  # so late does a Service learn which pods are ready; in a cluster, too
 SLOTS = 8  # for the pods of a Deployment behind a headless Service
 CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
+# What errors call the kinds that are not plainly in the core group.
+RESOURCES = {
+    "Deployment": "deployments.apps",
+    "HorizontalPodAutoscaler": "horizontalpodautoscalers.autoscaling",
+    "NetworkPolicy": "networkpolicies.networking.k8s.io",
+}
 NOT_SHOWN = """\
 There is no scheduler, no node, no API server and no cluster DNS.
 Pods are processes of yours: they have no image, no limits and no user of their own.
@@ -148,25 +154,29 @@ class Rehearsal:
         ready, target = self.ready_pods(service), self.target_port(service, port)
         if not ready:
             raise ValueError(f"no pod of the Service {service} is ready")
+        address = ready[0].address(target)
         if local_port in self.proxies:
             self.proxies.pop(local_port).close()
         require_free_ports(local_port)
-        proxy = Proxy(lambda: ready[0].address(target), local_port)
+        proxy = Proxy(lambda: address, local_port)
         self.proxies[proxy.server_address[1]] = proxy
         return proxy.server_address[1]
 
     def expose(self, service: str, port: int | str | None = None) -> int:
         """Return a port whose connections go to ready pods of a Service, as kube-proxy has them."""
-        target = self.target_port(service, port)
+        number = self._port_of(service, port)["port"]
 
         def choose() -> str:
             pods = self.endpoints.get(service)
-            return secrets.choice(pods).address(target) if pods else "127.0.0.1:1"
+            with suppress(ValueError):  # the Service, or what it names, may change
+                if pods:
+                    return secrets.choice(pods).address(self.target_port(service, number))
+            return "127.0.0.1:1"
 
         with self.lock:
-            if (service, target) not in self.proxies:
-                self.proxies[service, target] = Proxy(choose)
-            return self.proxies[service, target].server_address[1]
+            if (service, number) not in self.proxies:
+                self.proxies[service, number] = Proxy(choose)
+            return self.proxies[service, number].server_address[1]
 
     # --- What there is ----------------------------------------------------------------------------
 
@@ -185,8 +195,7 @@ class Rehearsal:
     def object(self, kind: str, name: str) -> Manifest:
         """Return an object by its kind and name."""
         if name not in self.objects[kind]:
-            group = ".apps" if kind == "Deployment" else ""
-            raise ValueError(f'{kind.lower()}s{group} "{name}" not found')
+            raise ValueError(f'{RESOURCES.get(kind, f"{kind.lower()}s")} "{name}" not found')
         return self.objects[kind][name]
 
     def replicas(self, deployment: str) -> int:
@@ -203,10 +212,14 @@ class Rehearsal:
         new = [pod for pod in live if pod.revision == now]
         return new, [pod for pod in live if pod not in new]
 
+    def pods_behind(self, service: str) -> list[Pod]:
+        """Return the pods that a Service selects and that have an address, ready or not."""
+        pods = [pod for pod in self.pods() if pod.owner in self._templates_behind(service)]
+        return [pod for pod in pods if pod.ports and not pod.ending.is_set()]
+
     def ready_pods(self, service: str) -> list[Pod]:
         """Return the pods that a Service may send requests to."""
-        pods = [pod for pod in self.pods() if pod.owner in self._templates_behind(service)]
-        return [pod for pod in pods if pod.ready and not pod.ending.is_set()]
+        return [pod for pod in self.pods_behind(service) if pod.ready]
 
     def is_available(self, pod: Pod) -> bool:
         """Say whether a pod has been ready for its Deployment's minReadySeconds."""
@@ -215,9 +228,13 @@ class Rehearsal:
 
     def target_port(self, service: str, port: int | str | None = None) -> int | str:
         """Return the port of the pods that a Service's port leads to, by default its first one."""
+        found = self._port_of(service, port)
+        return found["targetPort"] if "targetPort" in found else found["port"]
+
+    def _port_of(self, service: str, port: int | str | None) -> Manifest:
         for each in self.object("Service", service)["spec"]["ports"]:
             if port in (None, each["port"], each.get("name")):
-                return each.get("targetPort", each["port"])
+                return each
         raise ValueError(f"the Service {service} has no port {port}")
 
     def _templates_behind(self, service: str) -> dict[str, Manifest]:
