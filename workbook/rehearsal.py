@@ -143,7 +143,11 @@ class Rehearsal:
 
     def exec(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command with a pod's variables and folder; its errors are among its output."""
-        options = self._options(self.pod(name), [*command]) | {"stdout": subprocess.PIPE}
+        pod = self.pod(name)
+        if pod.process is None or pod.process.poll() is not None:
+            missing = f'container not found ("{pod.container["name"]}")'
+            raise ValueError(f"unable to upgrade connection: {missing}")
+        options = self._options(pod, [*command]) | {"stdout": subprocess.PIPE}
         return subprocess.run(**options, text=True, timeout=60)
 
     def forward(self, service: str, port: int, local_port: int = 0) -> int:
