@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,18 +267,30 @@ def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
 
 def edit(rehearsal: Rehearsal, verb: list[str], kind: str, name: str, changes: list[str]) -> None:
     """Have kubectl itself change an object, outside any cluster, and print what it says."""
-    text = json.dumps(rehearsal.object(SINGULAR[kind], name))
-    words = ["kubectl", *verb, "--local", "--filename", "-", *changes]
+    before = rehearsal.object(SINGULAR[kind], name)
+    words, text = ["kubectl", *verb, "--local", "--filename", "-", *changes], json.dumps(before)
     said, done = (
         subprocess.run([*words, *form], input=text, capture_output=True, text=True)
         for form in ([], ["--output", "json"])
     )
     if done.returncode:
         raise ValueError(done.stderr.strip().removeprefix("error: "))
-    changed = json.loads(done.stdout)
-    changed.pop("status", None)
-    rehearsal.apply([changed])
+    rehearsal.apply([without_defaults(json.loads(done.stdout), before)])
     print(said.stdout, end="")
+
+
+def without_defaults(value: Any, before: Any) -> Any:
+    """Leave out of a manifest what kubectl has filled in: new fields with nothing in them."""
+    if isinstance(value, list):
+        pairs = zip_longest(value, (before or [])[: len(value)])
+        return [without_defaults(*pair) for pair in pairs]
+    if not isinstance(value, dict):
+        return value
+    known = before if isinstance(before, dict) else {}
+    full = {key: without_defaults(each, known.get(key)) for key, each in value.items()}
+    return {
+        key: each for key, each in full.items() if key in known or each not in ({}, "", "0", None)
+    }
 
 
 def print_tables(rehearsal: Rehearsal, kinds: list[str]) -> None:

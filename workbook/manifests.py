@@ -21,14 +21,14 @@ KNOWN = shlex.split(
     enableServiceLinks nodeSelector* securityContext* serviceAccountName tolerations*
     terminationGracePeriodSeconds topologySpreadConstraints* volumes emptyDir* containers name image
     imagePullPolicy command args ports* resources* volumeMounts mountPath env value valueFrom
-    resourceFieldRef resource divisor secretKeyRef key lifecycle preStop sleep seconds startupProbe
+    resourceFieldRef resource secretKeyRef key lifecycle preStop sleep seconds startupProbe
     readinessProbe livenessProbe httpGet path grpc port periodSeconds timeoutSeconds
     failureThreshold clusterIP loadBalancerSourceRanges*"""
 )
 # What some of them may not hold.
 REFUSED = re.compile(
     r"(command|args|value): .*\$\(|type: Recreate|max(Surge|Unavailable): .*%"
-    r"|resource: (?!limits\.cpu$)|divisor: (?!0$)|preStop: (?!{'sleep')",
+    r"|resource: (?!limits\.cpu$)|preStop: (?!{'sleep')",
     re.DOTALL,
 )
 
