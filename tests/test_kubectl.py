@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -201,7 +202,7 @@ def test_a_service_that_finds_nobody_or_no_port_is_listed_as_kubectl_does(
     say("rollout status deployment/ping")
     (service,) = [each for each in run_kustomize(KUBE / "ping") if each["kind"] == "Service"]
     url = kubectl.reach("ping", 80, 0)
-    wrong = {
+    wrong: dict[str, dict[str, Any]] = {
         "SELECTS-NOBODY": {"selector": {"a": "b"}},
         "NO-SUCH-PORT": {"ports": [{"port": 80, "targetPort": "web"}]},
     }

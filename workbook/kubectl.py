@@ -137,14 +137,14 @@ class Kubectl:
         On a cluster it is that of `kubectl proxy`. The API server passes requests on to what the
         Service's EndpointSlices name, as a client's would be; `forward` goes past them, to a pod.
         """
-        print(f"{'$ ' + self.command if self.rehearsal is None else 'rehearsal:'} proxy &")
+        command = f"proxy --port {local_port}"
         if self.rehearsal is not None:
+            print(f"rehearsal: {command} &")
             return f"http://127.0.0.1:{self.rehearsal.expose(service, port)}"
-        name, words = f"proxy {local_port}", shlex.split(f"{self.command} proxy")
+        print(f"$ {self.command} {command} &")
+        name, words = f"proxy {local_port}", shlex.split(f"{self.command} {command}")
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        tunnel = servers.start(
-            name, [*words, "--port", f"{local_port}"], [local_port], text=True, **output
-        )
+        tunnel = servers.start(name, words, [local_port], text=True, **output)
         self.closing.callback(servers.stop, name)
         assert tunnel.stdout is not None
         if not (line := tunnel.stdout.readline()).startswith("Starting to serve"):
