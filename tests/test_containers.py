@@ -39,7 +39,7 @@ from helpers.containers import (
     wait_for,
 )
 from helpers.images import encode
-from helpers.manifests import docker_options, environment, of_kind, render
+from helpers.manifests import KUBE, docker_options, environment, of_kind, render, run_kustomize
 from PIL import Image
 from test_compose import compose
 
@@ -310,6 +310,21 @@ def test_a_gateway_that_ran_out_of_memory_serves_again(start_gateway_container: 
             classify(url, pixels)
         wait_for(name, f"{url}/readyz")
         assert classify(url, SAMPLES[0].read_bytes()).json()["top_class"] == CLASSES[0]
+
+
+def test_the_memory_of_fault_lab_4_is_too_little_and_that_of_its_mend_enough(
+    embedded_image: str,
+) -> None:
+    def options(folder: str) -> list[str]:
+        objects = run_kustomize(KUBE / "faults" / folder)
+        return docker_options(of_kind(objects, "Deployment")["model-server"])
+
+    with container(*options("lab-4"), embedded_image) as name:
+        assert docker("wait", name) == "137"
+        assert inspect(name, ".State.OOMKilled") == "true"
+    publish = "--publish=127.0.0.1::8501"
+    with container(*options("working"), publish, embedded_image) as name:
+        wait_for(name, f"http://{docker('port', name, '8501')}{STATUS}", b"AVAILABLE")
 
 
 def test_a_model_server_that_ran_out_of_memory_is_started_again(embedded_image: str) -> None:

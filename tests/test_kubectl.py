@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -269,6 +270,72 @@ def test_a_port_is_probed_in_kubernetes_words() -> None:
         assert pods.check_tcp({}, f"127.0.0.1:{port}", 1) is None
 
 
+def test_a_service_that_finds_nobody_or_no_port_is_listed_as_kubectl_does(
+    say: Say, kubectl: Kubectl
+) -> None:
+    assert kubectl.rehearsal
+    say("apply --kustomize kube-config/ping")
+    say("rollout status deployment/ping")
+    (service,) = [each for each in run_kustomize(KUBE / "ping") if each["kind"] == "Service"]
+    url = kubectl.reach("ping", 80, 0)
+    wrong: dict[str, dict[str, Any]] = {
+        "SELECTS-NOBODY": {"selector": {"a": "b"}},
+        "NO-SUCH-PORT": {"ports": [{"port": 80, "targetPort": "web"}]},
+    }
+    for how, change in wrong.items():
+        kubectl.rehearsal.apply([{**service, "spec": {**service["spec"], **change}}])
+        eventually(lambda: not is_answered(url), "nobody answers")
+        told = recorded(f"get endpointslices {how}")[0].replace("gateway-5dvxx", "ping")
+        assert cells(say("get endpointslices"))[1][:4] == cells(told)[1][:4]
+    say("apply --kustomize kube-config/ping")
+    eventually(lambda: is_answered(url), "it is answered again")
+
+
+def is_answered(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/ping", timeout=30).text == "PONG\n"
+    except requests.RequestException:
+        return False
+
+
+PORT = '{"spec": {"ports": [{"port": 80, "targetPort": 9697}]}}'
+
+
+def test_objects_are_changed_by_kubectl_itself(say: Say, kubectl: Kubectl) -> None:
+    say("apply --kustomize kube-config/base")
+    before = kubectl.object("deployment", "model-server")
+    say("set env deployment/gateway SIGNATURE_NAME=a")
+    say("set resources deployment/gateway --requests=cpu=7m")
+    for change in (
+        "set env deployment/gateway SIGNATURE_NAME-",
+        "set resources deployment/gateway --requests=cpu=100m",
+        "set image deployment/gateway nobody=a:1",
+        "patch service gateway --patch {}",
+    ):
+        assert [say(change, check=False)] == recorded(change)
+    assert [say(f"patch service gateway --patch '{PORT}'")] == recorded(
+        "patch service gateway --patch PORT"
+    )
+    assert kubectl.object("service", "gateway")["spec"]["ports"] == [
+        {"name": "http", "port": 80, "targetPort": 9697}
+    ]
+    assert "targetPort: 9697" in say("get service gateway --output yaml")
+    say("set image deployment/model-server model-server=clothing-model:002")
+    after = kubectl.object("deployment", "model-server")
+    image = after["spec"]["template"]["spec"]["containers"][0].pop("image")
+    assert image == "clothing-model:002"
+    del before["spec"]["template"]["spec"]["containers"][0]["image"]
+    assert after == before, "kubectl's defaults were left in"
+
+
+def test_a_container_that_is_not_there_runs_no_command(say: Say, kubectl: Kubectl) -> None:
+    say("apply --kustomize kube-config/base")
+    eventually(lambda: kubectl.pods("gateway"), "there is a pod without an image")
+    command = "exec deployment/gateway -- id"
+    assert [say(command, check=False)] == recorded(command)
+    assert say(f"logs {kubectl.pods('gateway')[0].name}") == ""
+
+
 @pytest.mark.parametrize("kinds", ["pods", "services", "deployments", "endpointslices", "hpa"])
 def test_tables_are_laid_out_as_kubectl_lays_them_out(kinds: str) -> None:
     (table,) = recorded(f"get {kinds}")
@@ -288,7 +355,8 @@ def test_events_are_laid_out_as_kubectl_lays_them_out() -> None:
         *("describe pod nobody", "delete pod nobody"),
         *("exec nobody -- id", "rollout status deployment/nobody"),
         "autoscale deployment/nobody --cpu=20% --min=1 --max=3",
-        "scale deployment/nobody --replicas 2",
+        *("scale deployment/nobody --replicas 2", "patch deployment/nobody --patch {}"),
+        *(f"get {kind} nobody --output yaml" for kind in ("networkpolicy", "service")),
     ],
 )
 def test_what_is_not_there_is_not_found(command: str, say: Say, kubectl: Kubectl) -> None:
@@ -344,7 +412,10 @@ def test_a_command_runs_inside_and_its_failure_is_told(say: Say, kubectl: Kubect
     assert say("exec deployment/ping -- sh -c 'echo in $REHEARSAL'").startswith("in ")
     told = say("exec deployment/ping -- sh -c 'echo so; exit 3'", check=False)
     assert told == "so\nerror: command terminated with exit code 3"
-    assert "Starting gunicorn" in say(f"logs {kubectl.pods('ping')[0].name}")
+    log = say(f"logs {kubectl.pods('ping')[0].name}")
+    assert "Starting gunicorn" in log
+    last = say(f"logs {kubectl.pods('ping')[0].name} --tail 2")
+    assert len(last.splitlines()) == 2 and last in log
 
 
 def test_words_are_read_as_kubectl_reads_them() -> None:

@@ -54,6 +54,14 @@ LESSONS: dict[str, tuple[list[str], list[Frame]]] = {
         [("1 … k", ["gateway"]), ("1 … m", ["server"])],
     ),
     "10": (["keras", "export", "saved_model"], []),
+    "11": (
+        ["gateway", "grpc", "server"],
+        [
+            ("pod", ["gateway"]),
+            ("pod", ["server", "saved_model"]),
+            ("namespace faults", ["gateway", "server", "saved_model"]),
+        ],
+    ),
     "09": (
         ["http", "gateway", "grpc", "server", "saved_model"],
         [

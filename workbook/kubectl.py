@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from workbook import servers
 from workbook.autoscaler import target_of
 from workbook.cluster import Cluster, load_command
 from workbook.engine import run
-from workbook.manifests import Manifest, container, port_number, read_image
+from workbook.manifests import Manifest, port_number, read_image
 from workbook.pods import Pod
 from workbook.rehearsal import KUBERNETES, Rehearsal
 
@@ -50,12 +51,11 @@ KINDS = {
         "NAME REFERENCE TARGETS MINPODS MAXPODS REPLICAS AGE",
     ),
 }
-
-
-# The kinds of which one object can be read, as commands name them.
+# The kinds of which one object can be read and changed, as commands name them.
 SINGULAR = {
     "deployment": "Deployment",
     "horizontalpodautoscaler": "HorizontalPodAutoscaler",
+    "networkpolicy": "NetworkPolicy",
     "service": "Service",
 }
 # The options of `autoscale`, and the older name of the first of them.
@@ -84,7 +84,7 @@ class Kubectl:
         if self.again:
             self.opened[namespace].close()
         self.opened[namespace] = self
-        self.cluster, self.closing = cluster, ExitStack()
+        self.cluster, self.namespace, self.closing = cluster, namespace, ExitStack()
         self.command = f"{cluster.kubectl} --namespace {namespace}"
         self.rehearsal = None if cluster.engine == "kubernetes" else Rehearsal(namespace)
         if self.rehearsal is not None:
@@ -160,6 +160,27 @@ class Kubectl:
             raise ValueError(found.stderr.strip())
         return json.loads(found.stdout)
 
+    def reach(self, service: str, port: int, local_port: int) -> str:
+        """Return an address of this machine behind which the ready pods of a Service answer.
+
+        On a cluster it is that of `kubectl proxy`. The API server passes requests on to what the
+        Service's EndpointSlices name, as a client's would be; `forward` goes past them, to a pod.
+        """
+        command = f"proxy --port {local_port}"
+        if self.rehearsal is not None:
+            print(f"rehearsal: {command} &")
+            return f"http://127.0.0.1:{self.rehearsal.expose(service, port)}"
+        print(f"$ {self.command} {command} &")
+        name, words = f"proxy {local_port}", shlex.split(f"{self.command} {command}")
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        tunnel = servers.start(name, words, [local_port], text=True, **output)
+        self.closing.callback(servers.stop, name)
+        assert tunnel.stdout is not None
+        if not (line := tunnel.stdout.readline()).startswith("Starting to serve"):
+            raise RuntimeError(f"This failed: kubectl proxy: {line}")
+        there = f"namespaces/{self.namespace}/services/{service}:{port}/proxy"
+        return f"http://127.0.0.1:{local_port}/api/v1/{there}"
+
     def kill(self, pod: str) -> None:
         """End the first process of a pod's container, as a crash would."""
         if self.rehearsal is None:
@@ -189,10 +210,15 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
         case ["get", "services", "--namespace", "default"]:
             row = service_row(KUBERNETES, rehearsal.began)
             print(aligned([KINDS["services"][1].split(), row], gap=3))
+        case ["get", kind, name, "--output", "yaml"] if kind in SINGULAR:
+            print(yaml.safe_dump(rehearsal.object(SINGULAR[kind], name)), end="")
         case ["describe", "pod", name]:
             describe(rehearsal.pod(name), rehearsal.namespace)
         case ["logs", name]:
             print(rehearsal.pod(name).log.read_text(errors="replace"), end="")
+        case ["logs", name, "--tail", number]:
+            log = rehearsal.pod(name).log.read_text(errors="replace")
+            print(*log.splitlines(keepends=True)[-int(number) :], sep="", end="")
         case ["exec", *kind, name] if kind in ([], ["deployment"]):
             new, old = rehearsal.live_pods(name) if kind else ([rehearsal.pod(name)], [])
             if not (new or old):
@@ -222,10 +248,10 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
             percent, least, most = (int(each.removesuffix("%")) for each in options[1::2])
             autoscale(rehearsal, name, percent, least, most)
             print(f"horizontalpodautoscaler.autoscaling/{name} autoscaled")
-        case ["set", "image", "deployment", name, change]:
-            image = change.partition("=")[2]
-            rehearsal.change(name, lambda spec: container(spec["template"]).update(image=image))
-            print(f"deployment.apps/{name} image updated")
+        case ["set", ("image" | "env" | "resources") as what, "deployment", name, *changes]:
+            edit(rehearsal, ["set", what], "deployment", name, changes)
+        case ["patch", kind, name, *options] if kind in SINGULAR:
+            edit(rehearsal, ["patch"], kind, name, options)
         case ["rollout", "undo", "deployment", name]:
             rehearsal.object("Deployment", name)  # or it is not found
             before = rehearsal.revisions[name][-2:-1]
@@ -281,7 +307,8 @@ def words_of(command: str) -> tuple[list[str], list[str]]:
     `scale deployment/ping --replicas=3` becomes `scale deployment ping --replicas 3`.
     """
     outside, _, inside = command.partition(" -- ")
-    apart = re.sub(r"( deployment)/|( --[a-z-]+)=", r"\1\2 ", outside)
+    kinds = "|".join(SINGULAR)
+    apart = re.sub(rf"( (?:{kinds}))/|( --[a-z-]+)=", r"\1\2 ", outside)
     return shlex.split(apart), shlex.split(inside)
 
 
@@ -300,6 +327,34 @@ def apply(rehearsal: Rehearsal, manifests: str, selector: str = "") -> None:
         how = "unchanged" if same else "configured" if known else "created"
         group = each["apiVersion"].rpartition("/")[0]
         print(f"{kind.lower()}{'.' * bool(group)}{group}/{name} {how}")
+
+
+def edit(rehearsal: Rehearsal, verb: list[str], kind: str, name: str, changes: list[str]) -> None:
+    """Have kubectl itself change an object, outside any cluster, and print what it says."""
+    before = rehearsal.object(SINGULAR[kind], name)
+    words, text = ["kubectl", *verb, "--local", "--filename", "-", *changes], json.dumps(before)
+    said, done = (
+        subprocess.run([*words, *form], input=text, capture_output=True, text=True)
+        for form in ([], ["--output", "json"])
+    )
+    if done.returncode:
+        raise ValueError(done.stderr.strip().removeprefix("error: "))
+    rehearsal.apply([without_defaults(json.loads(done.stdout), before)])
+    print(said.stdout, end="")
+
+
+def without_defaults(value: Any, before: Any) -> Any:
+    """Leave out of a manifest what kubectl has filled in: new fields with nothing in them."""
+    if isinstance(value, list):
+        pairs = zip_longest(value, (before or [])[: len(value)])
+        return [without_defaults(*pair) for pair in pairs]
+    if not isinstance(value, dict):
+        return value
+    known = before if isinstance(before, dict) else {}
+    full = {key: without_defaults(each, known.get(key)) for key, each in value.items()}
+    return {
+        key: each for key, each in full.items() if key in known or each not in ({}, "", "0", None)
+    }
 
 
 def print_tables(rehearsal: Rehearsal, kinds: list[str]) -> None:
@@ -342,10 +397,14 @@ def rows(rehearsal: Rehearsal, kind: str) -> Iterator[list[str]]:
             yield [name, deployment, *now, count, made]
     elif kind == "endpointslices":
         for name in rehearsal.objects["Service"]:
-            port, found = rehearsal.target_port(name), rehearsal.ready_pods(name)
-            addresses = ",".join(pod.address(port) for pod in found) or "<unset>"
-            number = f"{port_number(found[0].container, port)}" if found else "<unset>"
-            yield [name, "IPv4", number, addresses, age(rehearsal.made["Service", name])]
+            port, found = rehearsal.target_port(name), rehearsal.pods_behind(name)
+            try:
+                number = f"{port_number(found[0].container, port)}" if found else "<unset>"
+                addresses = [pod.address(port) for pod in found]
+            except ValueError:  # the pods have no port of this name
+                number, addresses = "<unset>", ["127.0.0.1" for _ in found]
+            made = age(rehearsal.made["Service", name])
+            yield [name, "IPv4", number, ",".join(addresses) or "<unset>", made]
 
 
 def service_row(service: Manifest, made: float) -> list[str]:

@@ -41,6 +41,7 @@ CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
 RESOURCES = {
     "Deployment": "deployments.apps",
     "HorizontalPodAutoscaler": "horizontalpodautoscalers.autoscaling",
+    "NetworkPolicy": "networkpolicies.networking.k8s.io",
 }
 NOT_SHOWN = """\
 There is no scheduler, no node, no API server and no cluster DNS.
@@ -155,7 +156,11 @@ class Rehearsal:
 
     def exec(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command with a pod's variables and folder; its errors are among its output."""
-        options = self._options(self.pod(name), [*command]) | {"stdout": subprocess.PIPE}
+        pod = self.pod(name)
+        if pod.process is None or pod.process.poll() is not None:
+            missing = f'container not found ("{pod.container["name"]}")'
+            raise ValueError(f"unable to upgrade connection: {missing}")
+        options = self._options(pod, [*command]) | {"stdout": subprocess.PIPE}
         return subprocess.run(**options, text=True, timeout=60)
 
     def forward(self, service: str, port: int, local_port: int = 0) -> int:
@@ -166,25 +171,29 @@ class Rehearsal:
         ready, target = self.ready_pods(service), self.target_port(service, port)
         if not ready:
             raise ValueError(f"no pod of the Service {service} is ready")
+        address = ready[0].address(target)
         if local_port in self.proxies:
             self.proxies.pop(local_port).close()
         require_free_ports(local_port)
-        proxy = Proxy(lambda: ready[0].address(target), local_port)
+        proxy = Proxy(lambda: address, local_port)
         self.proxies[proxy.server_address[1]] = proxy
         return proxy.server_address[1]
 
     def expose(self, service: str, port: int | str | None = None) -> int:
         """Return a port whose connections go to ready pods of a Service, as kube-proxy has them."""
-        target = self.target_port(service, port)
+        number = self._port_of(service, port)["port"]
 
         def choose() -> str:
             pods = self.endpoints.get(service)
-            return secrets.choice(pods).address(target) if pods else "127.0.0.1:1"
+            with suppress(ValueError):  # the Service, or what it names, may change
+                if pods:
+                    return secrets.choice(pods).address(self.target_port(service, number))
+            return "127.0.0.1:1"
 
         with self.lock:
-            if (service, target) not in self.proxies:
-                self.proxies[service, target] = Proxy(choose)
-            return self.proxies[service, target].server_address[1]
+            if (service, number) not in self.proxies:
+                self.proxies[service, number] = Proxy(choose)
+            return self.proxies[service, number].server_address[1]
 
     def start_metrics(self) -> None:
         """Measure the CPU of pods from now on, as metrics-server does: autoscalers act upon it."""
@@ -227,10 +236,14 @@ class Rehearsal:
         new = [pod for pod in live if pod.revision == now]
         return new, [pod for pod in live if pod not in new]
 
+    def pods_behind(self, service: str) -> list[Pod]:
+        """Return the pods that a Service selects and that have an address, ready or not."""
+        pods = [pod for pod in self.pods() if pod.owner in self._templates_behind(service)]
+        return [pod for pod in pods if pod.ports and not pod.ending.is_set()]
+
     def ready_pods(self, service: str) -> list[Pod]:
         """Return the pods that a Service may send requests to."""
-        pods = [pod for pod in self.pods() if pod.owner in self._templates_behind(service)]
-        return [pod for pod in pods if pod.ready and not pod.ending.is_set()]
+        return [pod for pod in self.pods_behind(service) if pod.ready]
 
     def is_available(self, pod: Pod) -> bool:
         """Say whether a pod has been ready for its Deployment's minReadySeconds."""
@@ -239,9 +252,13 @@ class Rehearsal:
 
     def target_port(self, service: str, port: int | str | None = None) -> int | str:
         """Return the port of the pods that a Service's port leads to, by default its first one."""
+        found = self._port_of(service, port)
+        return found["targetPort"] if "targetPort" in found else found["port"]
+
+    def _port_of(self, service: str, port: int | str | None) -> Manifest:
         for each in self.object("Service", service)["spec"]["ports"]:
             if port in (None, each["port"], each.get("name")):
-                return each.get("targetPort", each["port"])
+                return each
         raise ValueError(f"the Service {service} has no port {port}")
 
     def _templates_behind(self, service: str) -> dict[str, Manifest]:

@@ -1,0 +1,106 @@
+"""Draw the two pictures of lesson 11: where a request can get lost, and how to find out where.
+
+    .venv/bin/python -m workbook.draw_faults
+
+writes ``faults-path.svg`` and ``faults-tree.svg`` to ``notebooks/figures/``.
+"""
+
+from xml.sax.saxutils import escape
+
+from workbook.draw_cluster import SMALL, arrow, box, head
+from workbook.draw_system import FIGURES, INK, MARK, PAPER, QUIET
+
+WIDTH = 460
+# What to ask, with which command; and what each answer, which is a sign, means.
+QUESTIONS = [
+    (
+        "Does it predict?",
+        "ask()",
+        [("HPA <unknown>", "yes, but: requests")],
+    ),
+    (
+        "Do pods start?",
+        "get pods: STATUS",
+        [("ImagePullBackOff", "image tag"), ("CrashLoopBackOff", "memory, if OOMKilled")],
+    ),
+    (
+        "Are they ready?",
+        "get pods: READY",
+        [
+            ("probe gets 404", "readiness route"),
+            ("503, unsuitable", "signature name"),
+            ("503, unavailable", "NetworkPolicy"),
+        ],
+    ),
+    (
+        "Any endpoints?",
+        "get endpointslices",
+        [("no ENDPOINTS", "selector"), ("no PORTS", "port name")],
+    ),
+]
+ONWARDS = ["no", "Running", "1/1"]  # the answers that lead to the next question
+STEP, GAP = 66, 20  # from one answer to the next, and between questions
+
+
+def svg(height: int, parts: list[str]) -> str:
+    """A whole picture of this height."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
+        f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
+        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
+    ) + "</svg>\n"
+
+
+def tree() -> str:
+    """The questions from top to bottom on the left, and on the right what their answers mean."""
+    parts: list[str] = []
+    top, before = 10, 0
+    for number, (question, command, answers) in enumerate(QUESTIONS):
+        middle = top + STEP * len(answers) // 2
+        if number:
+            label = ONWARDS[number - 1]
+            parts.append(arrow(f"102,{before + 28} 102,{middle - 30}"))
+            parts.append(
+                f'<text x="112" y="{middle - 42}" font-size="{SMALL}" text-anchor="start" '
+                f'fill="{QUIET}">{label}</text>'
+            )
+        for place, (sign, cause) in enumerate(answers):
+            y = top + STEP * place + STEP // 2
+            parts.append(arrow(f"195,{middle} 218,{middle} 218,{y} 240,{y}"))
+            parts.append(box(346, y, 208, escape(sign), cause, marked=True))
+        parts.append(box(102, middle, 186, question, command))
+        top, before = top + STEP * len(answers) + GAP, middle
+    return svg(top - GAP + 10, parts)
+
+
+def note(x: int, y: int, *lines: str) -> str:
+    """What can be wrong at a place: one line below the other."""
+    return "".join(
+        f'<text x="{x}" y="{y + 21 * number}" font-size="{SMALL}" text-anchor="start" '
+        f'fill="{MARK}">{line}</text>'
+        for number, line in enumerate(lines)
+    )
+
+
+def path() -> str:
+    """The way of a request from the client to the model, and beside it what can be wrong."""
+    parts = [
+        box(110, 38, 186, "client", "kubectl proxy"),
+        arrow("110,66 110,118"),
+        box(110, 148, 186, "Service", "gateway"),
+        note(226, 143, "selector", "port name"),
+        arrow("110,176 110,258"),
+        box(110, 288, 186, "pod", "gateway"),
+        note(226, 262, "image tag", "readiness route", "requests, for the HPA", "signature name"),
+        arrow("110,316 110,398"),
+        note(226, 362, "NetworkPolicy"),
+        box(110, 428, 186, "pod", "model-server"),
+        note(226, 433, "memory limit"),
+    ]
+    return svg(468, parts)
+
+
+if __name__ == "__main__":
+    (FIGURES / "faults-tree.svg").write_text(tree())
+    (FIGURES / "faults-path.svg").write_text(path())
