@@ -5,7 +5,7 @@
 writes ``admitted.svg`` and ``teardown.svg`` to ``notebooks/figures/``.
 """
 
-from workbook.draw_cluster import arrow, box, head
+from workbook.draw_cluster import SMALL, arrow, box, head
 from workbook.draw_system import FIGURES, INK, MARK, PAPER, QUIET
 
 WIDTH = 460
@@ -13,7 +13,8 @@ WIDTH = 460
 
 def note(x: int, y: int, text: str, color: str = QUIET, anchor: str = "middle") -> str:
     """Words beside an arrow or above a column."""
-    return f'<text x="{x}" y="{y}" font-size="15" text-anchor="{anchor}" fill="{color}">{text}</text>'
+    place = f'x="{x}" y="{y}" font-size="{SMALL}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{color}">{text}</text>'
 
 
 def picture(height: int, parts: list[str]) -> str:
