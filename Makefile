@@ -74,10 +74,12 @@ bench: setup
 # Locust ends with 1 when a request has failed; the table says so, and the command has done its work.
 load: setup
 	@mkdir -p build/load
-	@.venv/bin/locust --locustfile bench/locustfile.py --host $(or $(HOST),http://localhost:9696) \
+	@echo "$(or $(CLIENTS),8) clients; $(if $(PAGE),stop with Ctrl-C,the numbers will be in build/load/)"
+	@$(PY) -m locust --locustfile bench/locustfile.py --host $(or $(HOST),http://localhost:9696) \
 	  $(if $(PICTURES),--pictures $(PICTURES)) $(if $(TAGS),--tags $(TAGS)) \
 	  --users $(or $(CLIENTS),8) --spawn-rate 100 --run-time $(or $(SECONDS),30)s --exit-code-on-error 0 \
-	  $(if $(PAGE),--web-host 127.0.0.1 --web-port $(PAGE),--headless --only-summary --csv build/load/load)
+	  $(if $(PAGE),--web-host 127.0.0.1 --web-port $(PAGE),--headless --only-summary --loglevel WARNING \
+	  --csv build/load/load)
 
 # A book runs nothing, so it does not wait for the packages of the lessons.
 book: tools

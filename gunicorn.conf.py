@@ -8,6 +8,8 @@ import socket
 
 env = os.environ.setdefault
 
+# One worker, whose threads worker.py counts. Neither a second worker nor another number of threads
+# gained anything (bench/README.md). What is short is cores, says lesson 08: add gateways.
 worker_class = "worker.Worker"
 logger_class = "worker.QuietLogger"
 # Counted from SIGTERM: the time to be told that this gateway ends, and then to finish requests.

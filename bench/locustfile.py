@@ -20,11 +20,13 @@ import os
 import random
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
-from locust import FastHttpUser, LoadTestShape, constant_throughput, events, tag, task
+from locust import FastHttpUser, LoadTestShape, constant_throughput, events, stats, tag, task
 from urllib3 import encode_multipart_formdata
 
 SAMPLES = sorted((Path(__file__).resolve().parent.parent / "notebooks/samples").glob("*.png"))
@@ -39,6 +41,8 @@ WRONG = [
     (b'{"url": "http://169.254.169.254/"}', JSON, 400),
 ]
 numbers = itertools.count()
+# So that a table of results is no wider than a terminal.
+stats.STATS_NAME_WIDTH, stats.PERCENTILES_TO_REPORT = 20, [0.5, 0.75, 0.95, 0.99, 1.0]
 
 
 @events.init_command_line_parser.add_listener
@@ -74,11 +78,24 @@ def prepare(environment: Any, **_: object) -> None:
         environment.shape_class.runner = environment.runner
     if options.requests:
         note_requests(environment, Path(options.requests))
-    if options.pictures:
-        return
-    if {*(options.tags or [])} & {"link", "links"}:
-        sys.exit("Links need --pictures ADDRESS, where the gateway finds notebooks/samples.")
-    Client.tasks = [each for each in Client.tasks if each not in (Client.link, Client.links)]
+    if not options.pictures:
+        if {*(options.tags or [])} & {"link", "links"}:
+            sys.exit("Links need --pictures ADDRESS, where the gateway finds notebooks/samples.")
+        Client.tasks = [each for each in Client.tasks if each not in (Client.link, Client.links)]
+    if options.headless:
+        for host in (options.host or "").split(","):
+            check_answers(host)
+
+
+def check_answers(host: str) -> None:
+    """End in a sentence where nobody answers, instead of with thousands of failures."""
+    try:
+        urllib.request.urlopen(f"{host}/livez", timeout=30).close()
+    except HTTPError:
+        pass  # perhaps only /predict is published
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
+        sys.exit(f"No gateway answers at {host or '--host'}: {why}. Here, make serve starts one.")
 
 
 def note_requests(environment: Any, path: Path) -> None:
@@ -156,7 +173,9 @@ class Client(FastHttpUser):
         with client.post(
             "/predict", data=body, headers=headers, name=name, catch_response=True
         ) as response:
-            if response.status_code != status:
+            if response.status_code == 0:
+                response.failure(f"no answer: {type(response.error).__name__}")
+            elif response.status_code != status:
                 response.failure(f"{response.status_code} in place of {status}")
             elif status == 200 and "predictions" not in response.text:
                 response.failure("no predictions")

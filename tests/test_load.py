@@ -79,6 +79,14 @@ def test_refusals_are_counted_and_every_request_is_noted(
     assert all(float(row["milliseconds"]) > 0 for row in noted)
 
 
+def test_without_a_gateway_it_says_so_and_sends_nothing() -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    with start("--host", address, "--tags", "file") as process:
+        table, said = process.communicate(timeout=60)
+    assert process.returncode != 0 and "POST" not in table + said
+    assert f"No gateway answers at {address}: " in said and "make serve starts one" in said
+
+
 def test_links_without_a_place_for_pictures_are_refused_in_a_sentence() -> None:
     with start("--host", "http://127.0.0.1:1", "--tags", "link") as process:
         _, said = process.communicate(timeout=60)

@@ -23,6 +23,7 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from model_server.training.draw import draw
 from tfserving import messages_pb2, services_pb2_grpc
 from tfserving.tensors import make_ndarray, make_tensor_proto
+from workbook.draw_cloud import admitted, teardown
 from workbook.draw_cluster import cluster
 from workbook.draw_details import PICTURES
 from workbook.draw_steps import STEPS, localhost, steps
@@ -237,6 +238,14 @@ def test_columns_of_steps_are_what_their_script_draws(name: str) -> None:
 
 def test_the_picture_of_localhost_is_what_its_script_draws() -> None:
     assert (ROOT / "notebooks/figures/05-localhost.svg").read_text() == localhost()
+
+
+@pytest.mark.parametrize("draw_figure", [admitted, teardown])
+def test_the_pictures_of_the_cloud_are_what_their_script_draws(
+    draw_figure: Callable[[], str],
+) -> None:
+    figure = ROOT / f"notebooks/figures/{draw_figure.__name__}.svg"
+    assert figure.read_text() == draw_figure()
 
 
 @pytest.mark.train

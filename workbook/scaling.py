@@ -127,6 +127,13 @@ def by_clients(seen: Sequence[Request], numbers: Sequence[int]) -> dict[int, Poi
     return {n: point([each for each in seen if each.clients == n]) for n in numbers}
 
 
+def rates(seen: Sequence[Request], every: float) -> list[float]:
+    """Return the requests a second in each period of `every` seconds, by the ends of requests."""
+    ends = np.array([each.end for each in seen])
+    counts, _ = np.histogram(ends, np.arange(ends.min(), ends.max(), every))
+    return (counts / every).tolist()
+
+
 def wavering(measured: Mapping[Any, Mapping[int, Point]], numbers: Sequence[int]) -> float:
     """Say by how much throughputs differ that should be alike: the median over all runs."""
     rates = [[line[n].rate for n in numbers] for line in measured.values()]
@@ -260,6 +267,15 @@ class Replicas:
         while not until() and time.monotonic() < end:
             self.history.append((time.time(), self.counts()))
             time.sleep(0.5)
+
+    def look(self, commands: Sequence[str], target: str, seconds: float) -> None:
+        """Ask a target in turns for some seconds; run kubectl's commands each fifteen of them."""
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(self.ask, target, "round_robin", seconds)
+            while not asking.done():
+                time.sleep(15)
+                for command in commands:
+                    self.kubectl(command, check=False)
 
     def all_work(self, number: int) -> bool:
         """Say whether so many pods have each had a fair part of the last two seconds' requests."""

@@ -1,0 +1,81 @@
+"""Draw who is let in and in which order all goes away again, for lesson 09.
+
+    .venv/bin/python -m workbook.draw_cloud
+
+writes ``admitted.svg`` and ``teardown.svg`` to ``notebooks/figures/``.
+"""
+
+from workbook.draw_cluster import SMALL, arrow, box, head
+from workbook.draw_system import FIGURES, INK, MARK, PAPER, QUIET
+
+WIDTH = 460
+
+
+def note(x: int, y: int, text: str, color: str = QUIET, anchor: str = "middle") -> str:
+    """Words beside an arrow or above a column."""
+    place = f'x="{x}" y="{y}" font-size="{SMALL}" text-anchor="{anchor}"'
+    return f'<text {place} fill="{color}">{text}</text>'
+
+
+def picture(height: int, parts: list[str]) -> str:
+    """Put parts on paper, as SVG."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
+        f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
+        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
+    ) + "</svg>\n"
+
+
+def admitted() -> str:
+    """How far a stranger comes, somebody without a key, and you."""
+    return picture(
+        418,
+        [
+            box(80, 40, 132, "a stranger", "elsewhere"),
+            box(230, 40, 132, "a stranger", "at your place"),
+            box(380, 40, 132, "you", "with the key"),
+            box(230, 172, 432, "load balancer", "admits one address", marked=True),
+            box(230, 276, 432, "gateway", "wants the key", marked=True),
+            box(230, 380, 432, "model server", "listens to gateways only", marked=True),
+            arrow("80,68 80,142"),
+            note(90, 110, "no answer", anchor="start"),
+            arrow("230,68 230,142"),
+            arrow("230,200 230,246"),
+            note(240, 228, "401", anchor="start"),
+            arrow("380,68 380,142", marked=True),
+            arrow("380,200 380,246", marked=True),
+            arrow("380,304 380,350", marked=True),
+            note(390, 332, "200", MARK, "start"),
+        ],
+    )
+
+
+def teardown() -> str:
+    """The wrong order in the left column, and the right one beside it."""
+    return picture(
+        418,
+        [
+            note(112, 26, "cluster first: wrong"),
+            box(112, 68, 204, "cluster", "deleted"),
+            arrow("112,96 112,142"),
+            box(112, 172, 204, "load balancer", "nobody deletes it"),
+            arrow("112,200 112,246"),
+            box(112, 276, 204, "network", "in use, so it stays"),
+            arrow("112,304 112,350"),
+            box(112, 380, 204, "your bill", "goes on"),
+            note(348, 26, "load balancer first", MARK),
+            box(348, 68, 204, "1 load balancer", "by the cluster", marked=True),
+            arrow("348,96 348,142", marked=True),
+            box(348, 172, 204, "2 nodes, cluster", "and the network", marked=True),
+            arrow("348,200 348,246", marked=True),
+            box(348, 276, 204, "3 images", "and repositories", marked=True),
+            arrow("348,304 348,350", marked=True),
+            box(348, 380, 204, "4 what is left?", "a list: nothing", marked=True),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    (FIGURES / "admitted.svg").write_text(admitted())
+    (FIGURES / "teardown.svg").write_text(teardown())
