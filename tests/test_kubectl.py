@@ -313,6 +313,8 @@ def test_objects_are_changed_by_kubectl_itself(say: Say, kubectl: Kubectl) -> No
         "patch service gateway --patch {}",
     ):
         assert [say(change, check=False)] == recorded(change)
+    again = "set resources deployment/gateway --requests=cpu=100m"
+    assert say(again) == "", "kubectl says nothing where nothing changes"
     assert [say(f"patch service gateway --patch '{PORT}'")] == recorded(
         "patch service gateway --patch PORT"
     )

@@ -339,7 +339,8 @@ def edit(rehearsal: Rehearsal, verb: list[str], kind: str, name: str, changes: l
     )
     if done.returncode:
         raise ValueError(done.stderr.strip().removeprefix("error: "))
-    rehearsal.apply([without_defaults(json.loads(done.stdout), before)])
+    if done.stdout:  # otherwise it is so already
+        rehearsal.apply([without_defaults(json.loads(done.stdout), before)])
     print(said.stdout, end="")
 
 
