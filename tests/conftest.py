@@ -33,7 +33,7 @@ os.environ["MODEL_DESCRIPTION"] = str(describe_model(DESCRIPTION))
 # The files that take longest begin first, so that no worker is left alone with one at the end.
 LONGEST = [
     *("containers", "gateway_faults", "commands", "website", "eks_account", "model", "rehearsal"),
-    *("compose", "eks_lesson", "own_model", "lessons_again", "model_server_lifecycle"),
+    *("compose", "eks_lesson", "own_model", "book", "lessons_again", "model_server_lifecycle"),
 ]
 
 

@@ -185,6 +185,7 @@ def test_no_page_and_no_style_names_another_origin_to_load_from(
         assert not re.search(r"""(url\(|@import)\s*["']?(https?:)?//""", text), path
 
 
+@again
 def test_links_of_a_published_book_lead_to_the_files_of_its_commit(
     book: Path, tmp_path: Path
 ) -> None:
