@@ -34,7 +34,7 @@ os.environ["MODEL_DESCRIPTION"] = str(describe_model(DESCRIPTION))
 LONGEST = [
     *("containers", "gateway_faults", "commands", "website", "eks_account", "model", "rehearsal"),
     "containers_stack",
-    *("compose", "eks_lesson", "own_model", "lessons_again", "model_server_lifecycle"),
+    *("compose", "eks_lesson", "own_model", "book", "lessons_again", "model_server_lifecycle"),
 ]
 
 

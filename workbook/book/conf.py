@@ -25,6 +25,8 @@ nb_merge_streams = True
 nb_render_markdown_format = "gfm"  # which has tables
 myst_enable_extensions: list[str] = []
 myst_heading_anchors = 6
+# Neither a snippet with dots in it nor a heading that skips a level is a fault of the book.
+suppress_warnings = ["misc.highlighting_failure", "myst.header"]
 # `look_up` and `lead` turn the links into those of the book.
 myst_all_links_external = True
 
