@@ -94,8 +94,9 @@ def set_parameters(notebook: NotebookNode, values: dict[str, Any]) -> None:
 def execute(notebook: NotebookNode, **environment: str) -> None:
     """Execute a notebook at the repository's root; its outputs go into its cells."""
     resources = {"metadata": {"path": str(ROOT)}}
-    options = {"timeout": 900, "resources": resources, "coalesce_streams": True}
-    client = NotebookClient(notebook, kernel_name="python3", **options)
+    client = NotebookClient(
+        notebook, kernel_name="python3", timeout=900, resources=resources, coalesce_streams=True
+    )
     client.execute(env=os.environ | environment)
 
 
