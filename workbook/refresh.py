@@ -22,12 +22,13 @@ def refresh(notebook: Path, folder: Path) -> str:
         return outcome.error
     source = nbformat.read(notebook, as_version=4)
     executed = nbformat.read(folder / notebook.name, as_version=4)
-    for cell, done in zip(source.cells, executed.cells, strict=True):
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = done.outputs, done.execution_count
-            for output in cell.outputs:  # a terminal's ends of lines, after a command with `!`
-                if "text" in output:
-                    output.text = output.text.replace("\r\n", "\n")
+    done = {cell.id: cell for cell in executed.cells}  # with one that Papermill may have added
+    code = [cell for cell in source.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code, 1):
+        cell.outputs, cell.execution_count = done[cell.id].outputs, count
+        for output in cell.outputs:  # a terminal's ends of lines, after a command with `!`
+            if "text" in output:
+                output.text = output.text.replace("\r\n", "\n")
     source.metadata["seconds"] = round(outcome.seconds)
     nbformat.write(source, notebook)
     return ""
