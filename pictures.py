@@ -73,7 +73,8 @@ class Room:
     @contextmanager
     def enter(self, deadline: float) -> Iterator[None]:
         """Let one thread at a time look at its picture and take room; raise Problem in time."""
-        if not self.entrance.acquire(timeout=max(0, deadline - time.monotonic())):
+        left = deadline - time.monotonic()
+        if left < 0 or not self.entrance.acquire(timeout=left):
             raise Problem(503, "too-busy", TOO_MANY)
         try:
             yield

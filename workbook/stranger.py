@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def told(answer: requests.Response | None) -> str:
         or body.get("top_class")
         or max(body, key=lambda name: body[name], default="")
     )
-    return f"{answer.status_code} {said}"[:70]
+    return f"{answer.status_code} {textwrap.shorten(str(said), 70, placeholder=' …')}"
 
 
 def memory_while(pid: int, function: Callable, *arguments: Any) -> tuple[Any, float]:
