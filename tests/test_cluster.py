@@ -197,6 +197,14 @@ def test_the_lessons_cluster_is_used_again(here: Path, stub: Stub) -> None:
     assert not calls(here, "kind create")
 
 
+def test_the_reason_names_the_version_of_the_cluster(stub: Stub) -> None:
+    docker(stub)
+    kind(stub, clusters="clothes")
+    told = """echo '{"gitVersion": "v1.36.2"}'"""
+    stub("kubectl", f'case "$*" in *" get --raw /version") {told};; esac')
+    assert cluster.choose_cluster().why.endswith(" was there, Kubernetes v1.36.2")
+
+
 def test_a_cluster_that_does_not_answer_is_left_alone(here: Path, stub: Stub) -> None:
     docker(stub)
     kind(stub, clusters="clothes")

@@ -18,10 +18,6 @@ from workbook.lesson import lessons
 NOTEBOOKS = lessons(ROOT / "notebooks")
 MAIN = [path for path in NOTEBOOKS if "-bonus-" not in path.name]
 GLOSSARY = ROOT / "docs/glossary.md"
-ENDINGS = [
-    ["Checkpoint", "Exercises", "Clean up", "What you built"],
-    ["Checkpoint", "Clean up", "What you built", "Exercises"],
-]
 # Ranges that belong to no machine of ours: examples, the metadata address of the clouds, and what
 # clusters give to Services and pods unless they are told otherwise.
 EXAMPLES = (
@@ -41,7 +37,7 @@ def before_exercises(path: Path) -> list[nbformat.NotebookNode]:
     cells = read(path).cells
     (begin,) = (n for n, cell in enumerate(cells) if "## Exercises\n" in cell.source)
     end = next(n for n, cell in enumerate(cells) if cell.source.startswith("## Clean up\n"))
-    return cells[:begin] + cells[end:] if begin < end else cells
+    return cells[:begin] + cells[end:]
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:
@@ -101,7 +97,7 @@ def test_begins_and_ends_as_every_lesson_does(path: Path) -> None:
     headings = re.findall(
         r"^## (.+)$", "\n".join(c.source for c in cells if c.cell_type == "markdown"), re.MULTILINE
     )
-    assert headings[-4:] in ENDINGS
+    assert headings[-4:] == ["Checkpoint", "Exercises", "Clean up", "What you built"]
     parameters(path)
     following = [other for other in MAIN if other.name[:2] > path.name[:2]]
     if following:
@@ -131,6 +127,22 @@ def test_cells_are_small_and_explained(path: Path) -> None:
     if path.stem == "04-flask-gateway":
         prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
         assert len(" ".join(prose).split()) <= 1400
+
+
+@every_notebook
+def test_there_is_a_picture_for_every_eight_code_cells(path: Path) -> None:
+    """A figure or a plot; exercises are for working."""
+    cells = before_exercises(path)
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    prose = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    plots = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    assert len(code) <= 8 * (prose.count("](figures/") + plots)
+
+
+@every_notebook
+def test_the_last_cell_has_three_lines_to_remember(path: Path) -> None:
+    _, _, after = read(path).cells[-1].source.partition("\n\nThree lines to remember:\n\n")
+    assert [line[:2] for line in after.split("\n\n")[0].splitlines()] == ["- "] * 3
 
 
 @every_notebook

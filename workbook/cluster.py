@@ -6,6 +6,7 @@ context; yours in ~/.kube/config, its current context above all, is neither read
 """
 
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +93,16 @@ def within(namespace: str, cluster: Cluster) -> Cluster:
             f"The cluster has a namespace {namespace} that is not this workbook's:"
             " name another cluster with WORKBOOK_CONTEXT."
         )
-    return cluster
+    return cluster._replace(why=cluster.why + version_of(cluster.kubectl))
+
+
+def version_of(kubectl: str) -> str:
+    """Return `, Kubernetes ` and the version of a cluster, or nothing if it does not tell."""
+    words = shlex.split(f"{kubectl} get --raw /version")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = subprocess.run(words, capture_output=True, text=True).stdout
+        return f", Kubernetes {json.loads(found)['gitVersion']}"
+    return ""
 
 
 def images_obstacle(images: tuple[str, ...]) -> str | None:
