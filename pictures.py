@@ -66,7 +66,7 @@ class Room:
     """
 
     def __init__(self, pixels: int):
-        self.left = pixels
+        self.size = self.left = pixels
         self.entrance = threading.Lock()
         self.changed = threading.Condition()
 
@@ -83,7 +83,8 @@ class Room:
 
     @contextmanager
     def take(self, pixels: int, deadline: float) -> Iterator[None]:
-        """Hold room for so many pixels; raise Problem where there is none until the deadline."""
+        """Hold room for so many pixels, at most all; raise Problem if the deadline passes first."""
+        pixels = min(pixels, self.size)
         with self.changed:
             seconds = max(0, deadline - time.monotonic())
             if not self.changed.wait_for(lambda: self.left >= pixels, seconds):
