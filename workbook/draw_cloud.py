@@ -5,26 +5,8 @@
 writes ``admitted.svg`` and ``teardown.svg`` to ``notebooks/figures/``.
 """
 
-from workbook.draw_cluster import SMALL, arrow, box, head
-from workbook.draw_system import FIGURES, INK, MARK, PAPER, QUIET
-
-WIDTH = 460
-
-
-def note(x: int, y: int, text: str, color: str = QUIET, anchor: str = "middle") -> str:
-    """Words beside an arrow or above a column."""
-    place = f'x="{x}" y="{y}" font-size="{SMALL}" text-anchor="{anchor}"'
-    return f'<text {place} fill="{color}">{text}</text>'
-
-
-def picture(height: int, parts: list[str]) -> str:
-    """Put parts on paper, as SVG."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
-        f'height="{height}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
-        f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
-        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
-    ) + "</svg>\n"
+from workbook.draw_cluster import arrow, box, picture, words
+from workbook.draw_system import FIGURES, MARK, QUIET
 
 
 def admitted() -> str:
@@ -39,14 +21,14 @@ def admitted() -> str:
             box(230, 276, 432, "gateway", "wants the key", marked=True),
             box(230, 380, 432, "model server", "listens to gateways only", marked=True),
             arrow("80,68 80,142"),
-            note(90, 110, "no answer", anchor="start"),
+            words(90, 110, "no answer", QUIET, "start"),
             arrow("230,68 230,142"),
             arrow("230,200 230,246"),
-            note(240, 228, "401", anchor="start"),
+            words(240, 228, "401", QUIET, "start"),
             arrow("380,68 380,142", marked=True),
             arrow("380,200 380,246", marked=True),
             arrow("380,304 380,350", marked=True),
-            note(390, 332, "200", MARK, "start"),
+            words(390, 332, "200", MARK, "start"),
         ],
     )
 
@@ -56,7 +38,7 @@ def teardown() -> str:
     return picture(
         418,
         [
-            note(112, 26, "cluster first: wrong"),
+            words(112, 26, "cluster first: wrong", QUIET),
             box(112, 68, 204, "cluster", "deleted"),
             arrow("112,96 112,142"),
             box(112, 172, 204, "load balancer", "nobody deletes it"),
@@ -64,7 +46,7 @@ def teardown() -> str:
             box(112, 276, 204, "network", "in use, so it stays"),
             arrow("112,304 112,350"),
             box(112, 380, 204, "your bill", "goes on"),
-            note(348, 26, "load balancer first", MARK),
+            words(348, 26, "load balancer first", MARK),
             box(348, 68, 204, "1 load balancer", "by the cluster", marked=True),
             arrow("348,96 348,142", marked=True),
             box(348, 172, 204, "2 nodes, cluster", "and the network", marked=True),

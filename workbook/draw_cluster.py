@@ -53,13 +53,19 @@ def head(kind: str, color: str) -> str:
     )
 
 
-def picture(height: int, parts: list[str]) -> str:
-    """Put parts together as SVG, on paper of this height."""
+def words(x: int, y: int, text: str, color: str = INK, anchor: str = "middle") -> str:
+    """A line of small text."""
+    style = f'font-size="{SMALL}" fill="{color}" text-anchor="{anchor}"'
+    return f'<text x="{x}" y="{y}" {style}>{text}</text>'
+
+
+def picture(height: int, parts: list[str], width: int = WIDTH) -> str:
+    """Put parts together as SVG, on paper of this size."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
         f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
-        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
+        f'<rect width="{width}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
     ) + "</svg>\n"
 
 

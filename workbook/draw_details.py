@@ -5,14 +5,8 @@
 writes a picture for each of ``PICTURES`` to ``notebooks/figures/``.
 """
 
-from workbook.draw_cluster import SMALL, arrow, box, frame, picture
+from workbook.draw_cluster import arrow, box, frame, picture, words
 from workbook.draw_system import FIGURES, INK, MARK, MARKED, QUIET
-
-
-def words(x: int, y: int, text: str, color: str = INK, anchor: str = "middle") -> str:
-    """A line of small text."""
-    style = f'font-size="{SMALL}" fill="{color}" text-anchor="{anchor}"'
-    return f'<text x="{x}" y="{y}" {style}>{text}</text>'
 
 
 def images() -> str:

@@ -7,10 +7,9 @@ writes ``faults-path.svg`` and ``faults-tree.svg`` to ``notebooks/figures/``.
 
 from xml.sax.saxutils import escape
 
-from workbook.draw_cluster import SMALL, arrow, box, head
-from workbook.draw_system import FIGURES, INK, MARK, PAPER, QUIET
+from workbook.draw_cluster import SMALL, arrow, box, picture
+from workbook.draw_system import FIGURES, MARK, QUIET
 
-WIDTH = 460
 # What to ask, with which command; and what each answer, which is a sign, means.
 QUESTIONS = [
     (
@@ -42,16 +41,6 @@ ONWARDS = ["no", "Running", "1/1"]  # the answers that lead to the next question
 STEP, GAP = 66, 20  # from one answer to the next, and between questions
 
 
-def svg(height: int, parts: list[str]) -> str:
-    """A whole picture of this height."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
-        f'height="{height}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
-        f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
-        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
-    ) + "</svg>\n"
-
-
 def tree() -> str:
     """The questions from top to bottom on the left, and on the right what their answers mean."""
     parts: list[str] = []
@@ -71,7 +60,7 @@ def tree() -> str:
             parts.append(box(346, y, 208, escape(sign), cause, marked=True))
         parts.append(box(102, middle, 186, question, command))
         top, before = top + STEP * len(answers) + GAP, middle
-    return svg(top - GAP + 10, parts)
+    return picture(top - GAP + 10, parts)
 
 
 def note(x: int, y: int, *lines: str) -> str:
@@ -98,7 +87,7 @@ def path() -> str:
         box(110, 428, 186, "pod", "model-server"),
         note(226, 433, "memory limit"),
     ]
-    return svg(468, parts)
+    return picture(468, parts)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ writes the figures of `STEPS`, and `05-localhost.svg`, to ``notebooks/figures/``
 
 from typing import NamedTuple
 
-from workbook.draw_cluster import arrow, box, frame, head
-from workbook.draw_system import FIGURES, INK, MARK, PAPER, QUIET
+from workbook.draw_cluster import arrow, box, frame, picture
+from workbook.draw_system import FIGURES, MARK, QUIET
 
 
 class Step(NamedTuple):
@@ -118,7 +118,7 @@ def steps(column: list[Step]) -> str:
                 f'<text x="{COLUMN + 28}" y="{level}" text-anchor="start" '
                 f'fill="{MARK if step.marked else QUIET}" font-size="15">{note}</text>'
             )
-    return svg(88 + (len(column) - 1) * STEP, parts)
+    return picture(88 + (len(column) - 1) * STEP, parts, WIDTH)
 
 
 def localhost() -> str:
@@ -141,17 +141,7 @@ def localhost() -> str:
         arrow("187,314 245,314", marked=True),
         f'<text x="323" y="366" font-size="15" fill="{MARK}">model-server:8500</text>',
     ]
-    return svg(406, parts)
-
-
-def svg(height: int, parts: list[str]) -> str:
-    """Return parts of a picture as one, on paper."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
-        f'height="{height}" font-family="system-ui, sans-serif" font-size="17" fill="{INK}" '
-        f'text-anchor="middle"><defs>{head("marked", MARK)}{head("quiet", QUIET)}</defs>'
-        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{PAPER}"/>' + "".join(parts)
-    ) + "</svg>\n"
+    return picture(406, parts, WIDTH)
 
 
 if __name__ == "__main__":

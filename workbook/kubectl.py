@@ -123,13 +123,17 @@ class Kubectl:
             self.rehearsal.forward(target.removeprefix("service/"), port, local_port)
             return
         print(f"$ {self.command} {command} &")
-        name, words = f"port-forward {local_port}", shlex.split(f"{self.command} {command}")
+        self._open(command, local_port, "Forwarding")
+
+    def _open(self, command: str, local_port: int, opened: str) -> None:
+        """Start a kubectl that listens at a port; return when its first line says that it does."""
+        name, words = f"{command.split()[0]} {local_port}", shlex.split(f"{self.command} {command}")
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         tunnel = servers.start(name, words, [local_port], text=True, **output)
         self.closing.callback(servers.stop, name)
         # To try whether it is open could break it; kubectl says when it is, or why it cannot be.
         assert tunnel.stdout is not None
-        if not (line := tunnel.stdout.readline()).startswith("Forwarding"):
+        if not (line := tunnel.stdout.readline()).startswith(opened):
             raise RuntimeError(f"This failed: kubectl {command}: {line}")
 
     def pods(self, component: str) -> list[PodState]:
@@ -171,13 +175,7 @@ class Kubectl:
             print(f"rehearsal: {command} &")
             return f"http://127.0.0.1:{self.rehearsal.expose(service, port)}"
         print(f"$ {self.command} {command} &")
-        name, words = f"proxy {local_port}", shlex.split(f"{self.command} {command}")
-        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        tunnel = servers.start(name, words, [local_port], text=True, **output)
-        self.closing.callback(servers.stop, name)
-        assert tunnel.stdout is not None
-        if not (line := tunnel.stdout.readline()).startswith("Starting to serve"):
-            raise RuntimeError(f"This failed: kubectl proxy: {line}")
+        self._open(command, local_port, "Starting to serve")
         there = f"namespaces/{self.namespace}/services/{service}:{port}/proxy"
         return f"http://127.0.0.1:{local_port}/api/v1/{there}"
 
