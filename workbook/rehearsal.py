@@ -47,7 +47,8 @@ NOT_SHOWN = """\
 There is no scheduler, no node, no API server and no cluster DNS.
 Pods are processes of yours: they have no image, no limits and no user of their own.
 Addresses, ports and paths in commands are replaced by this machine's.
-An autoscaler keeps its least number of pods, and other kinds of objects have no effect."""
+An autoscaler keeps its least number of pods until something measures them.
+Other kinds of objects have no effect."""
 # The Service of the API server, which every cluster has, with the address that Kind gives it.
 KUBERNETES = {
     "apiVersion": "v1",
