@@ -1,5 +1,6 @@
 """The gateway under gunicorn, over HTTP, with the real model server behind it."""
 
+import functools
 import gzip
 import io
 import json
@@ -46,7 +47,11 @@ def draw(size: tuple[int, int] = (60, 45), mode: str = "RGB") -> Image.Image:
 
 
 PICTURE = encode(draw())
-BOMB = gzip.compress(bytes(50_000_000))
+
+
+@functools.cache
+def bomb() -> bytes:
+    return gzip.compress(bytes(50_000_000))
 
 
 class PictureHost(WebHost):
@@ -119,7 +124,7 @@ class PictureHost(WebHost):
                 except OSError:
                     pass
             case "bomb":
-                self.answer(200, BOMB, Content_Encoding="gzip")
+                self.answer(200, bomb(), Content_Encoding="gzip")
             case "endless-redirect":
                 self.send_response(302)
                 self.send_header("Location", "/picture.png")

@@ -487,10 +487,9 @@ REFUSED |= {
 }
 EITHER |= {
     "PNG text": lambda: png(SHOES, png_chunk(b"tEXt", b"name\0" + b"x" * 8_000_000)),
-    **{
-        f"PNG {kind.decode()} bomb": partial(png, SHOES, text_chunk(kind, 100_000_000))
-        for kind in (b"zTXt", b"iTXt", b"iCCP")
-    },
+    "PNG zTXt bomb": lambda: png(SHOES, text_chunk(b"zTXt", 100_000_000)),
+    "PNG iTXt bomb": lambda: png(SHOES, text_chunk(b"iTXt", 100_000_000)),
+    "PNG iCCP bomb": lambda: png(SHOES, text_chunk(b"iCCP", 100_000_000)),
     "PNG of 300 text bombs": lambda: png(SHOES, *[text_chunk(b"zTXt", 1_000_000)] * 300),
     "PNG of 8,000 profile bombs": lambda: png(SHOES, *[text_chunk(b"iCCP", 1_000_000)] * 8000),
     "PNG of 800,000 chunks": lambda: png(SHOES, *[png_chunk(b"tEXt")] * 800_000),
@@ -572,14 +571,24 @@ REFUSED |= {
         "JPEG XL in a container": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99),
         "PSD": b"8BPS\0\1" + bytes(99),
         "XBM": b"#define im_width 9\n#define im_height 9\nstatic char im_bits[] = {0};",
-        **{kind: encode(SHOES, kind) for kind in ("ICO", "PPM", "TGA", "PCX", "SGI", "JPEG2000")},
-        **{kind: encode(SHOES, kind) for kind in ("EPS", "ICNS", "DDS", "QOI")},
     }.items()
 }
+OTHER_FORMATS = ("ICO", "PPM", "TGA", "PCX", "SGI", "JPEG2000", "EPS", "ICNS", "DDS", "QOI")
+REFUSED |= {kind: (partial(encode, SHOES, kind), NO_PICTURE) for kind in OTHER_FORMATS}
 NAMED = ("HTML", "SVG", "PDF", "HEIC", "JPEG XL", "PSD", "ICO")
-WHOLE = {kind: encode(SHOES.resize((120, 160)), kind) for kind in FORMATS}
+
+
+@functools.cache
+def whole(kind: str) -> bytes:
+    return encode(SHOES.resize((120, 160)), kind)
+
+
+def part_of(kind: str, part: float) -> bytes:
+    return whole(kind)[: int(len(whole(kind)) * part)]
+
+
 EITHER |= {
-    f"{kind}, {part:.1%} of it": partial(bytes, WHOLE[kind][: int(len(WHOLE[kind]) * part)])
+    f"{kind}, {part:.1%} of it": partial(part_of, kind, part)
     for kind in FORMATS
     for part in (0.005, 0.02, 0.1, 0.5, 0.9, 0.999)
 }
@@ -708,7 +717,7 @@ def test_refused(gateway, name):
 def test_a_file_whose_end_is_missing(gateway, kind):
     """It is read as far as it goes, or the sentence says what is wrong with it."""
     for left in (0.999, 0.5, 0.1):
-        answer = send(gateway, WHOLE[kind][: int(len(WHOLE[kind]) * left)])
+        answer = send(gateway, part_of(kind, left))
         if answer["status"] != 200:
             assert f"This {kind} file is damaged or incomplete" in answer["detail"]
 
@@ -728,7 +737,7 @@ def test_extreme_shapes(gateway, name):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_spoilt_files(gateway, kind):
     for seed in range(25):
-        send(gateway, spoil(WHOLE[kind], seed), preview="yes")
+        send(gateway, spoil(whole(kind), seed), preview="yes")
 
 
 @pytest.mark.parametrize(("kind", "count"), dict(JPEG=8000, PNG=1000, WEBP=500, AVIF=500).items())
