@@ -5,6 +5,9 @@ PY := .venv/bin/python
 # Jupyter finds the kernel named python3 in .venv, whatever else is installed for this user.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
+# Images of Python often set this. Then each of the many processes compiles every module anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help doctor workbook test lint lab serve bench load book lock clean setup tools
 
 help:

@@ -17,6 +17,9 @@ from helpers.models import save_classifier
 from helpers.servers import Server, wait_until_available, wait_until_ready
 from helpers.serving import Client
 
+# nbformat would have a parser of web addresses made, which takes a second in every worker.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from hostile.namespace import Namespace
     from playwright.sync_api import Browser

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
-import papermill
 import psutil
 import pytest
 from conftest import export
@@ -226,6 +225,18 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(folder / "colour-model", **parameters)
 
 
+def printed_by(number: str, parameters: dict, executed: Path) -> str:
+    """Execute a lesson with these parameters, and return what its cells print."""
+    import papermill  # takes a second, and few runs of the tests need it
+
+    (lesson,) = (ROOT / "notebooks").glob(f"{number}-[!b]*.ipynb")
+    papermill.execute_notebook(
+        lesson, executed, parameters, cwd=ROOT, kernel_name="python3", progress_bar=False
+    )
+    cells = nbformat.read(executed, as_version=4).cells
+    return "".join(str(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+
+
 @again
 @pytest.mark.parametrize("number", ["02", "03", "04", "05"])
 def test_a_lesson_takes_another_model(number: str, other_model: Path, tmp_path: Path) -> None:
@@ -235,12 +246,7 @@ def test_a_lesson_takes_another_model(number: str, other_model: Path, tmp_path: 
     parameters: dict[str, object] = {name: free_port() for name in ports_of(lesson)}
     parameters |= {"EXPORT_DIR": str(other_model), "IMAGE": str(tmp_path / "picture.png")}
     parameters |= {"WORKBOOK_ENGINE": "embedded"}
-    executed = tmp_path / "executed.ipynb"
-    papermill.execute_notebook(
-        lesson, executed, parameters, cwd=ROOT, kernel_name="python3", progress_bar=False
-    )
-    cells = nbformat.read(executed, as_version=4).cells
-    printed = "".join(str(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+    printed = printed_by(number, parameters, tmp_path / "executed.ipynb")
     assert "prediction: fire red" in printed and "checkpoint passed" in printed
 
 
@@ -252,16 +258,6 @@ def test_the_homework_takes_another_image_at_another_port(tmp_path: Path) -> Non
     parameters = {"IMAGE": "somebody/files:3.13-hw10", "PORT": 8000, "ASK": "/Dockerfile"}
     parameters |= {"DOCKERFILE": str(tmp_path / "Dockerfile"), "FOLDER": str(tmp_path)}
     parameters |= {"WORKBOOK_ENGINE": "embedded", "LOCAL_PORT": free_port()}
-    executed = tmp_path / "executed.ipynb"
-    papermill.execute_notebook(
-        ROOT / "notebooks/12-homework.ipynb",
-        executed,
-        parameters,
-        cwd=ROOT,
-        kernel_name="python3",
-        progress_bar=False,
-    )
-    cells = nbformat.read(executed, as_version=4).cells
-    printed = "".join(str(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+    printed = printed_by("12", parameters, tmp_path / "executed.ipynb")
     assert "image: somebody/files:3.13-hw10" in printed and "containerPort: 8000" in printed
     assert "200 FROM python" in printed and "checkpoint passed" in printed
