@@ -62,11 +62,11 @@ FAILURES: list[tuple[Any, str]] = [
     (http.client.HTTPException, "The host's answer is not HTTP"),
 ]
 IDLE_SECONDS, MAX_IDLE = 1.0, 16  # how long connections are kept, and how many to an address
-# What is elsewhere than in 2000::/3, where all public IPv6 addresses are, may be IPv4 in disguise.
-# The IPv4 address answers in Azure's virtual machines, and looks like a public one.
+# All public IPv6 addresses are in 2000::/3. One outside it may be an IPv4 address in disguise. The
+# IPv4 address below looks public, but on Azure's virtual machines it leads to Azure's own services.
 PUBLIC_IPV6 = ip_network("2000::/3")
 NOT_PUBLIC = tuple(map(ip_network, ("::/3", "4000::/2", "8000::/1", "168.63.129.16")))
-resolvers = ThreadPoolExecutor(512)  # a lookup ends after some seconds, be it in vain
+resolvers = ThreadPoolExecutor(512)  # a lookup ends after some seconds, found or not
 fetch_pool = ThreadPoolExecutor(MAX_BATCHES * MAX_LINKS)  # no link waits for another's slow host
 thread = threading.local()  # its `budget` is that of the request whose link it follows
 
@@ -86,9 +86,10 @@ class Budget:
 
 
 def look_up(host: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Call what looks a host's name up in a thread of its own, which may be left behind.
+    """Call a function that looks up a host's name, in a thread of its own.
 
-    The system's lookup is the one thing here that knows no deadline.
+    The system's lookup is the only thing here without a deadline. Where it takes too long, its
+    thread is left behind.
     """
     try:
         ip_address(host)
@@ -118,7 +119,7 @@ class BoundedResponse(http.client.HTTPResponse):
     """A host's answer whose headers are short: in memory they take six times their bytes."""
 
     def _read_status(self) -> tuple[str, int, str]:
-        """Read the first line; what is said before the answer itself is passed over, as 100 is."""
+        """Read the first line; have every 1xx status but 101 skipped, as 100 is."""
         version, status, reason = super()._read_status()  # type: ignore[misc]
         return version, 100 if 101 < status < 200 else status, reason
 
@@ -185,13 +186,13 @@ class GuardedAdapter(IPFilterAdapter):
     def __init__(self, is_https: bool, is_allowed: bool):
         super().__init__(is_https)
         self.is_allowed = is_allowed
-        # Once more where a host ends a kept connection as the request arrives, as browsers do.
+        # A host may end a kept connection just as the request arrives: try again, as browsers do.
         self.max_retries = urllib3.Retry(
             1, connect=0, redirect=0, status=0, other=0, respect_retry_after_header=False
         )
 
     def init_poolmanager(self, connections, maxsize, block=False, **kwargs):
-        """Prepare for connections of the kinds above; to load the certificates takes 14 ms."""
+        """Prepare for connections of the kinds above; loading the certificates takes 14 ms."""
         context = urllib3.util.ssl_.create_urllib3_context()
         context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
         context.sslsocket_class = TLSDeadlineSocket
@@ -202,7 +203,7 @@ class GuardedAdapter(IPFilterAdapter):
         """Leave it to the context, instead of loading all certificates for each connection."""
 
     def build_connection_pool_key_attributes(self, request, verify, cert=None):
-        """Look the host up once, check the address, and have requests connect to just that."""
+        """Look the host up once, check the address, and let requests connect to that one only."""
         if self.is_allowed:
             adapter = requests.adapters.HTTPAdapter
             return adapter.build_connection_pool_key_attributes(self, request, verify, cert)
@@ -228,7 +229,7 @@ def open_link(url: str) -> requests.Response:
     if not usual or parts.username is not None:
         sentence = "A link must be http or https, to port 80 or 443, without a password"
         raise Problem(400, "link-blocked", f"{sentence}: {url:.200}")
-    plain = re.match("https?://[^/?#]", prepared.url or "")  # else requests took it as it was
+    plain = re.match("https?://[^/?#]", prepared.url or "")  # else requests has left it as it was
     if not plain or "%" in host or host.endswith("."):  # other ways to write a host
         raise ValueError(host)
     if ":" in host and not allowed and ip_address(host) not in PUBLIC_IPV6:
@@ -262,7 +263,7 @@ def location_of(response: requests.Response) -> str:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Go through an error and those that led to it; libraries keep these in several places."""
+    """Return an error and those that led to it; libraries keep these in several places."""
     while error:
         yield error
         inner = [each for each in error.args if isinstance(each, Exception)]
@@ -309,7 +310,7 @@ def fetch_all(urls: list[str]) -> list[File]:
     All are fetched at once, within IMAGE_TIMEOUT_SECONDS.
     """
     budget = Budget(IMAGE_TIMEOUT_SECONDS)
-    if len(urls) == 1:  # to wake another thread would cost as much as to fetch
+    if len(urls) == 1:  # waking another thread would cost as much as fetching
         return [fetch(urls[0], budget)]
 
     def fetch_one(url: str) -> File:

@@ -59,10 +59,10 @@ TURNS = {
 
 
 class Room:
-    """Room in memory for so many pixels of pictures that are decoded at the same time.
+    """Room in memory for a number of pixels, shared by pictures that are decoded at the same time.
 
-    Those of the largest picture take up to 0.5 GB, and many small ones together no more. Who waits
-    first gets room first, so that small pictures do not keep a large one waiting.
+    The largest picture takes up to 0.5 GB, and many small ones together take no more. Whoever has
+    waited longest gets room first, so that small pictures do not keep a large one waiting.
     """
 
     def __init__(self, pixels: int):
@@ -83,7 +83,7 @@ class Room:
 
     @contextmanager
     def take(self, pixels: int, deadline: float) -> Iterator[None]:
-        """Hold room for so many pixels, at most all; raise Problem if the deadline passes first."""
+        """Hold room for these pixels, at most all; raise Problem if the deadline passes first."""
         pixels = min(pixels, self.size)
         with self.changed:
             seconds = max(0, deadline - time.monotonic())
@@ -140,7 +140,7 @@ def open_picture(file: bytes) -> Image.Image:
     """
     if file.startswith(JPEG_START):
         return Jpeg(CountingFile(file))
-    if file[4:8] == b"ftyp":  # an AVIF says apart from its EXIF data how it is turned
+    if file[4:8] == b"ftyp":  # an AVIF says how it is turned outside its EXIF data
         file = re.sub(rb"(infe[\2\3]...(..|....)..)Exif", rb"\1none", file, flags=re.S)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -153,8 +153,8 @@ def open_picture(file: bytes) -> Image.Image:
 def turn(image: Image.Image) -> Image.Image:
     """Return a picture upright; one whose EXIF data cannot be read stays as it is.
 
-    Unlike Pillow's `exif_transpose`, this only reads the data, which may be anything: to write it
-    again fails for tags of a kind that Pillow does not expect.
+    Unlike Pillow's `exif_transpose`, this only reads the data. Writing it again fails for tags of
+    a kind that Pillow does not expect, and a stranger's file may have any.
     """
     if isinstance(image, TiffImageFile):
         image.load_end = lambda: None  # type: ignore[method-assign]  # it calls `exif_transpose`
@@ -207,9 +207,9 @@ def decode(
     top = 65535 if image.mode.startswith("I;16") else image.getextrema()[1] if deep else 255
     factor = max(1, image.width / largest[0], image.height / largest[1])
     size = largest if exactly else (int(image.width / factor) or 1, int(image.height / factor) or 1)
-    # Most models shrink a picture by leaving out pixels. Doing this first is the same, and all that
-    # follows, which takes several times the memory of its pixels, has few of them. Others average
-    # pixels, which needs their colours first.
+    # Most models shrink a picture by leaving out pixels. Leaving them out first gives the same, and
+    # then all that follows has few pixels: it takes several times their memory. Other models
+    # average pixels, for which the colours must be right first.
     if resampling == Image.Resampling.NEAREST:
         image = image.resize(size, resampling)
     clear = image.info.get("transparency")
@@ -237,8 +237,8 @@ def read_picture(
 ) -> Image.Image:
     """Return a picture as RGB, upright and on white; raise Problem (413, 415, or 503).
 
-    It has this (width, height), or at most this and its own proportions. Pictures that have no
-    room beside others wait for it until the deadline, in seconds of `time.monotonic()`.
+    It has this (width, height), or at most this and its own proportions. A picture for which there
+    is no room yet waits until the deadline, in seconds of `time.monotonic()`.
     """
     if len(file) > IMAGE_MAX_BYTES:
         raise RequestEntityTooLarge
@@ -267,10 +267,10 @@ def describe_start(start: bytes) -> str:
 def read_pictures(
     files: list[File], preprocessor: Preprocessor, deadline: float
 ) -> list[Image.Image]:
-    """Return the pictures in those files that hold one, resized for a model.
+    """Return the pictures of those files that hold one, resized for a model.
 
-    In the list, its problem takes the place of every other file. Where no file holds a picture, the
-    first of the problems is raised.
+    In the list, each other file is replaced by its problem. If no file holds a picture, the first
+    problem is raised.
     """
     size, resampling = preprocessor.target_size, preprocessor.resampling
     images = []
@@ -288,7 +288,7 @@ def read_pictures(
 
 
 def make_preview(file: bytes, deadline: float) -> str:
-    """Return a picture, at most 320 × 320, as a data URI: the website loads from nobody else."""
+    """Return a picture, at most 320 × 320, as a data URI: the website loads nothing from others."""
     image = read_picture(file, (640, 640), deadline, exactly=False)
     image.thumbnail((320, 320))
     image.save(stream := BytesIO(), "WEBP")

@@ -1,7 +1,7 @@
 """What every answer of the gateway has: an id, a line in the log, safe headers, or a problem.
 
-Besides: the forms that come in, the key and the rate limit, times and counts for Prometheus (which
-worker.py shows, at a port of their own), and the route `/openapi.json`.
+Also here: the forms that come in, the key and the rate limit, the route `/openapi.json`, and times
+and counts for Prometheus, which worker.py shows at a port of their own.
 """
 
 import errno
@@ -42,7 +42,7 @@ IMAGE_MAX_PIXELS = int(env("IMAGE_MAX_PIXELS", "25000000"))
 MAX_IN_FLIGHT = int(env("MAX_IN_FLIGHT", "32"))
 
 MAX_LINKS = 16
-MAX_BATCHES = max(1, MAX_IN_FLIGHT // 4)  # requests with several links: they bring most bytes
+MAX_BATCHES = max(1, MAX_IN_FLIGHT // 4)  # requests with several links, which bring the most bytes
 USAGE = (
     f'Send {{"url": link}}, {{"urls": [up to {MAX_LINKS} links]}}, a form with one file, '
     "or a picture itself as image/jpeg."
@@ -124,7 +124,7 @@ def describe_problem(error: HTTPException) -> dict:
 
 
 def fill_in(answers: list[dict], files: list[File]) -> list[dict]:
-    """Return an answer for each file that holds a picture, and for each other one its problem."""
+    """Return an answer for each file that holds a picture, and a problem for each other file."""
     left = iter(answers)
     return [next(left) if isinstance(file, bytes) else describe_problem(file) for file in files]
 
@@ -151,13 +151,13 @@ def answer_rpc_error(error: grpc.RpcError) -> Response:
 
 
 def is_upload() -> bool:
-    """Say whether the body says that it is a form in parts, or a picture itself."""
+    """Say whether the body claims to be a form in parts, or a picture itself."""
     return request.mimetype.startswith(("multipart/form-data", *PICTURE_TYPES))
 
 
 @blueprint.before_app_request
 def begin() -> None:
-    """Give the request an id, its caller's if that is a plain one, and start its clock."""
+    """Give the request an id (its caller's, if that is a plain one), and start its clock."""
     given = request.headers.get("X-Request-ID", "")
     g.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
     g.start, g.seconds, g.cause = time.perf_counter(), {}, None
@@ -191,21 +191,21 @@ def finish(response: Response) -> Response:
 
 
 def limit_rate(function: Callable) -> Callable:
-    """Count calls against RATE_LIMIT; without one, nothing is asked of the limiter at all."""
+    """Count calls against RATE_LIMIT; without one, the limiter is not even asked."""
     limit = limiter.shared_limit(lambda: RATE_LIMIT, "pictures")
     return limit(function) if RATE_LIMIT else function
 
 
 @limit_rate
 def check_caller(given: bytes) -> None:
-    """Raise Problem (401) unless this is the key, if there is one; 429 if it comes too often."""
+    """Raise Problem (401) for a wrong key, if one is set, and 429 if calls come too often."""
     if GATEWAY_API_KEY and not hmac.compare_digest(given, f"Bearer {GATEWAY_API_KEY}".encode()):
         raise Problem(401, "wrong-key", "No key or a wrong one; send `Authorization: Bearer KEY`.")
 
 
 @contextmanager
 def admit(is_batch: bool) -> Iterator[None]:
-    """Hold a place among the requests in progress; raise Problem (503) where none is free."""
+    """Hold a place among the requests in progress; raise Problem (503) if none is free."""
     with ExitStack() as stack:
         stack.enter_context(SECONDS.labels("all").time())
         for slots in (request_slots, batch_slots) if is_batch else (request_slots,):
@@ -235,9 +235,9 @@ def openapi() -> Response:
 
 
 class UploadBudget:
-    """The bytes that one form has taken of those that all forms on their way may take together."""
+    """One form's share of the bytes that all forms in progress may take together."""
 
-    # Of the disk where large parts wait; in a container that is memory.
+    # Large parts wait on this disk, which in a container is memory.
     left = shutil.disk_usage(gettempdir()).free * 3 // 4
     lock = threading.Lock()
 
@@ -314,7 +314,7 @@ class FormParser(FormDataParser):
                 return self.parse_picture(stream)
             if mimetype == "multipart/form-data":
                 return self.parse_form(stream, (options or {}).get("boundary", ""))
-        except OSError as error:  # from a file's end, too, which writes what was not written yet
+        except OSError as error:  # also when a file is closed, which writes the rest
             if error.errno != errno.ENOSPC:
                 raise
             raise Problem(503, "too-busy", TOO_MANY_UPLOADS) from error
@@ -374,7 +374,7 @@ class Request(flask.Request):
 
 
 def malformed(body: Any = None) -> Problem:
-    """Return the problem (400) of a request without a picture and a link: it says what came."""
+    """Return the problem (400) of a request with neither picture nor link; it says what came."""
     match body:
         case {"urls": [_, *_] as links} if len(links) > MAX_LINKS:
             came = f"There are {len(links)} links in urls."
@@ -426,7 +426,7 @@ def read_body() -> dict:
 
 def answer_page(answer: Callable[[dict], list[dict]], model: Description, **page: Any) -> Response:
     """Answer with the website, and with what `answer` says to its form if that was sent."""
-    # The page keeps the place that these need; probabilities of 0.5 make for the longest sentence.
+    # The page reserves the room that these need; probabilities of 0.5 need the longest sentence.
     longest = [(name, 0.5) for name in sorted(model.classes, key=len, reverse=True)]
     page |= {"needs_key": bool(GATEWAY_API_KEY), "url": "", "model": model, "longest": longest}
     response = Response()
@@ -439,7 +439,7 @@ def answer_page(answer: Callable[[dict], list[dict]], model: Description, **page
         except (HTTPException, grpc.RpcError) as error:
             problem = problem_of(error) if isinstance(error, grpc.RpcError) else error
             page["problem"], response = explain(problem), answer_problem(problem)
-            # What is wrong with a file stands in its card, all else beside the link's field.
+            # A file's problem is shown in its card, any other beside the link's field.
             page["of_file"] = problem.code in (413, 415) and not page["url"]
     response.set_data(render_template("index.html", **page))
     response.mimetype = "text/html"

@@ -27,10 +27,10 @@ from werkzeug.exceptions import BadRequest
 # gunicorn.conf.py has their defaults.
 DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
 METRICS_PORT = int(os.environ["METRICS_PORT"])
-# Time to send a request: shorter than a cluster waits for the end. When threads run short, those
-# who have been sending for long must make room, so that slow clients keep nobody waiting.
+# How long a client may send its request: shorter than a cluster waits for the end. When threads run
+# short, clients that have been sending for long must make room, so that nobody waits for them.
 REQUEST_SECONDS, CROWDED_SECONDS = 28.0, 1.0
-LINGER_SECONDS = 0.2  # a thread waits so long for a client's next request, unless threads run short
+LINGER_SECONDS = 0.2  # wait for a client's next request, unless threads run short
 NOT_HTTP = BadRequest("This request is not valid HTTP.")
 # With more memory than this, which photos never take, it gives back what it has freed.
 MEMORY_BYTES = 256 << 20

@@ -103,7 +103,7 @@ def upload_path(name: str) -> str:
 
 
 def commands(model: Path, folder: Path) -> dict[str, Command]:
-    """Return how each server is started, the gateway and its model server as the README says."""
+    """Return how each server is started: gateway and model server as docs/service.md says."""
     gunicorn = [str(Path(sys.executable).with_name("gunicorn")), "--bind"]
     found = {
         LITE_SERVER: model_server.command(model_server.LITE, model),

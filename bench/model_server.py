@@ -49,7 +49,7 @@ END = tfserving.ModelVersionStatus.END
 
 
 def command(engine: str, base_path: Path) -> Command:
-    """Return how the README starts the model server."""
+    """Return how docs/service.md starts the model server."""
     port, rest_port = free_port(), free_port()
     words = [
         *(sys.executable, "-m", "model_server", f"--port={port}", f"--rest_api_port={rest_port}"),

@@ -96,6 +96,12 @@ def test_every_service_is_confined_and_comes_back(read_config: Callable[..., dic
             assert {*service["deploy"]["resources"]["limits"]} == {"cpus", "memory"}
 
 
+def test_the_docs_name_the_gateways_memory(read_config: Callable[..., dict]) -> None:
+    limit = read_config()["services"]["gateway"]["deploy"]["resources"]["limits"]["memory"]
+    said = f"The gateway may take {int(limit) / 2**30:g} GiB of memory."
+    assert said in (ROOT / "docs/deployment.md").read_text()
+
+
 def test_what_the_shell_sets_reaches_gateway_and_builds(read_config: Callable[..., dict]) -> None:
     env = {"ALLOWED_IMAGE_HOSTS": "pictures:8000", "GATEWAY_API_KEY": "key", "RATE_LIMIT": "1/hour"}
     assert env.items() <= read_config(**env)["services"]["gateway"]["environment"].items()

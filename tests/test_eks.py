@@ -369,16 +369,17 @@ def test_what_needs_a_gpu_is_said_with_the_same_number_everywhere() -> None:
     assert f"(L-DB2E81BA, in vCPUs) must be {vcpus} for" in cluster.read_text()
 
 
-def test_readme_and_lesson_say_what_the_files_say() -> None:
+def test_docs_and_lesson_say_what_the_files_say() -> None:
     """Dollars, maxima and shares that stand in a text and follow from a file."""
-    readme, cells = (ROOT / "README.md").read_text(), nbformat.read(LESSON, as_version=4).cells
+    page = (ROOT / "docs/deployment.md").read_text()
+    cells = nbformat.read(LESSON, as_version=4).cells
     lesson = "".join(cell.source for cell in cells)
     hourly, gpu = cost.hourly_costs(CLUSTER), cost.hourly_costs(CLUSTER, nodes={"gpu": 1})
     dollars, words = sum(hourly.values()), ["no", "one", "two", "three", "four", "five"]
     credit = cost.credit_costs(CLUSTER)
-    assert f"about {dollars:.2f} $ an hour, or {24 * dollars:.0f} $ a day, without a GPU" in readme
-    assert f"and {sum(gpu.values()) - dollars:.2f} $ an hour more for each GPU node" in readme
-    assert f"their CPU credits cost up to {credit:.2f} $ an hour more" in readme
+    assert f"about {dollars:.2f} $ an hour, or {24 * dollars:.0f} $ a day, without a GPU" in page
+    assert f"and {sum(gpu.values()) - dollars:.2f} $ an hour more for each GPU node" in page
+    assert f"their CPU credits cost up to {credit:.2f} $ an hour more" in page
     _, paid = cost.BURSTABLE[GROUPS["cpu"]["instanceType"]]
     assert f"covers {100 * paid:.0f} % of its two cores" in lesson
     assert f"at {words[round(100 * cost.PRICES['CPU credit'])]} cents for a core" in lesson
@@ -392,7 +393,7 @@ def test_readme_and_lesson_say_what_the_files_say() -> None:
     assert f"stop at {gateways} gateways and {servers} model servers" in lesson
     assert f"There are {words[GROUPS['cpu']['maxSize']]} nodes" in lesson
     vcpus = 4 * GROUPS["gpu"]["maxSize"]
-    assert f'quota of {vcpus} vCPUs for "Running On-Demand G and VT instances"' in readme
+    assert f'quota of {vcpus} vCPUs for "Running On-Demand G and VT instances"' in page
     assert f'"Running On-Demand G and VT instances" must be {vcpus}.' in lesson
 
 
@@ -408,11 +409,11 @@ def test_the_load_balancer_admits_nobody_until_asked_and_carries_the_tag(
     assert [each["spec"]["clusterIP"] for each in services.values()] == ["None"]
 
 
-def test_with_the_lines_of_the_readme_the_load_balancer_speaks_nothing_but_tls(
+def test_with_the_lines_of_the_docs_the_load_balancer_speaks_nothing_but_tls(
     tmp_path: Path,
 ) -> None:
-    readme = (ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"^  ```yaml\n(.*?)^  ```$", readme, re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs/deployment.md").read_text()
+    (lines,) = re.findall(r"^  ```yaml\n(.*?)^  ```$", page, re.MULTILINE | re.DOTALL)
     service = yaml.safe_load((ROOT / "eks/aws/gateway-service.yaml").read_text())
     added = yaml.safe_load(lines)
     service["metadata"]["annotations"] |= added["metadata"]["annotations"]

@@ -989,13 +989,13 @@ def test_importing_it_changes_no_other_library():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_names_every_variable_with_its_default() -> None:
+def test_the_docs_name_every_variable_with_its_default() -> None:
     files = ("gateway.py", "links.py", "web.py", "gunicorn.conf.py")
     sources = [(ROOT / name).read_text() for name in files]
     defaults = dict(re.findall(r'\benv\(\s*"(\w+)", f?"([^"]*)"\)', "".join(sources)))
     defaults["MODEL_DESCRIPTION"] = description.BUNDLED
     defaults["MODEL_NAME"] = "the description's `name"  # and the table closes the backquotes
     assert "".join(sources).count("env(") == len(defaults)
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \|", (ROOT / "docs/service.md").read_text(), re.M)
     documented = {name: value.strip("`").replace("none", "") for name, value in rows}
     assert documented == defaults
