@@ -535,6 +535,12 @@ def test_a_kernel_that_does_not_start_is_reported(workbook: list[object], tmp_pa
     assert (tmp_path / "target" / "01-works.html").exists()
 
 
+def test_executing_a_lesson_makes_no_parser_of_web_addresses() -> None:
+    """It takes as long as everything else that each lesson's process imports."""
+    done = run(sys.executable, "-c", "import sys, workbook.execute; print('lark' in sys.modules)")
+    assert done.stdout == "False\n"
+
+
 def test_a_lesson_that_leaves_a_server_behind_has_failed(
     workbook: list[object], tmp_path: Path
 ) -> None:
