@@ -10,18 +10,23 @@ import psutil
 MARK = uuid.uuid4().hex
 
 
+def marked(variable: str, mark: str) -> list[psutil.Process]:
+    """Return the processes that have inherited a variable with this value."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(variable) == mark:
+                found.append(process)
+    return found
+
+
 def started() -> list[psutil.Process]:
     """Return the processes that descend from this one, the servers of a notebook included.
 
     A kernel leads a session of its own, so neither Ctrl-C nor the kernel's end reaches the
     servers that a notebook has started; but all of them inherit the mark in their environment.
     """
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get("WORKBOOK_RUN") == MARK:
-                found.append(process)
-    return found
+    return marked("WORKBOOK_RUN", MARK)
 
 
 def end_started() -> None:

@@ -32,16 +32,18 @@ import psutil
 from workbook import autoscaler, manifests
 from workbook.manifests import Image, Manifest, container, cpus, port_number
 from workbook.pods import TICK_SECONDS, Pod, revision_of
+from workbook.processes import marked
 from workbook.servers import is_busy, require_free_ports
 
 ENDPOINTS_TICKS = 5  # so late does a Service learn which pods are ready; in a cluster, too
 SLOTS = 8  # for the pods of a Deployment behind a headless Service
 CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
-# What errors call the kinds that are not plainly in the core group.
+# The kinds of which commands read and change one object, and what errors call them.
 RESOURCES = {
     "Deployment": "deployments.apps",
     "HorizontalPodAutoscaler": "horizontalpodautoscalers.autoscaling",
     "NetworkPolicy": "networkpolicies.networking.k8s.io",
+    "Service": "services",
 }
 NOT_SHOWN = """\
 There is no scheduler, no node, no API server and no cluster DNS.
@@ -443,8 +445,7 @@ if __name__ == "__main__":
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     sys.stdin.read()  # until the program that rehearses ends, however it does
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get("REHEARSAL") == sys.argv[1]:
-                process.kill()
+    for process in marked("REHEARSAL", sys.argv[1]):
+        with suppress(psutil.Error):
+            process.kill()
     shutil.rmtree(sys.argv[2], ignore_errors=True)
