@@ -439,9 +439,7 @@ class ModelManager:
                 for model in list(self._models.values()):
                     try:
                         model.poll()
-                    except (
-                        Exception
-                    ):  # which must end neither the other models' turn nor the thread
+                    except Exception:  # it must end neither the others' turn nor the thread
                         log.exception("cannot look after the versions of %s", model.name)
             with self._polled:
                 self._configs_polled = configs
