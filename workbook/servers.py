@@ -96,19 +96,21 @@ atexit.register(stop)
 
 def require_free_ports(*ports: int) -> None:
     """Raise RuntimeError, with a sentence that names the holder, when a port is busy."""
-    listening = {}
+    for port in filter(is_busy, ports):
+        raise RuntimeError(
+            f"Port {port} is in use by {holder_of(port)}: end it, or choose another port in the"
+            " cell of parameters (docs/troubleshooting.md#a-port-is-in-use)."
+        )
+
+
+def holder_of(port: int) -> str:
+    """Name the process that listens at a port, and its pid, if the system lets us see it."""
     for process in psutil.process_iter(["name"]):
         with suppress(psutil.Error, OSError):
-            for connection in process.net_connections("tcp"):
-                if connection.status == psutil.CONN_LISTEN:
-                    listening[connection.laddr.port] = f"{process.info['name']}, pid {process.pid}"
-    for port in ports:
-        if is_busy(port):
-            holder = listening.get(port, "a process of another user")
-            raise RuntimeError(
-                f"Port {port} is in use by {holder}: end it, or choose another port in the cell"
-                " of parameters (docs/troubleshooting.md#a-port-is-in-use)."
-            )
+            for each in process.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
+                    return f"{process.info['name']}, pid {process.pid}"
+    return "a process of another user"
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
