@@ -33,7 +33,7 @@ class Servable(abc.ABC):
         path: Path,
         signatures: Mapping[str, Any],
         placeholders: Collection[str],
-        scheduler: BatchScheduler | None = None,
+        scheduler: BatchScheduler | None,
     ):
         """Raise ServingError when the parameters for batching beside the model are wrong."""
         self.signatures = signatures
