@@ -30,9 +30,9 @@ class PredictionService:
         self,
         manager: ModelManager,
         probes: ThreadPoolExecutor,
-        as_tensor_content: bool = False,
-        check_method_name: bool = False,
-        enforce_session_run_timeout: bool = False,
+        as_tensor_content: bool,
+        check_method_name: bool,
+        enforce_session_run_timeout: bool,
     ):
         def handler(api: str, answer: Callable, *arguments: Any) -> Callable:
             answer = partial(answer, *arguments, check_method_name)
@@ -57,11 +57,11 @@ class ModelService:
 def make_server(
     manager: ModelManager,
     max_threads: int,
-    channel_arguments: Sequence[tuple[str, Any]] = (),
-    as_tensor_content: bool = False,
-    check_method_name: bool = False,
-    with_health: bool = False,
-    enforce_session_run_timeout: bool = False,
+    channel_arguments: Sequence[tuple[str, Any]],
+    as_tensor_content: bool,
+    check_method_name: bool,
+    with_health: bool,
+    enforce_session_run_timeout: bool,
 ) -> grpc.Server:
     """Make a server that is neither bound to a port nor started; messages may have any size.
 

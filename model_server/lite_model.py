@@ -53,9 +53,9 @@ class LiteModel(Servable):
     def __init__(
         self,
         path: Path,
-        num_pools: int = 0,
-        num_interpreters_per_pool: int = 1,
-        scheduler: BatchScheduler | None = None,
+        num_pools: int,
+        num_interpreters_per_pool: int,
+        scheduler: BatchScheduler | None,
     ):
         """Load ``model.tflite`` in the folder ``path``; raise ServingError when it is not one."""
         begin = metrics.now_us()

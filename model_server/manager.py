@@ -55,8 +55,8 @@ class Model:
         self,
         name: str,
         load: Callable[[Path], Servable],
-        max_num_load_retries: int = 5,
-        load_retry_interval_micros: int = 60_000_000,
+        max_num_load_retries: int,
+        load_retry_interval_micros: int,
     ):
         self.name = name
         self.config: Any = None
@@ -260,9 +260,9 @@ class ModelManager:
     def __init__(
         self,
         make_model: Callable[[str], Model],
-        file_system_poll_wait_seconds: int = 1,
-        allow_version_labels_for_unavailable_models: bool = False,
-        force_allow_any_version_labels_for_unavailable_models: bool = False,
+        file_system_poll_wait_seconds: int,
+        allow_version_labels_for_unavailable_models: bool,
+        force_allow_any_version_labels_for_unavailable_models: bool,
     ):
         self.config: Any = None
         self._make_model = make_model
@@ -439,9 +439,7 @@ class ModelManager:
                 for model in list(self._models.values()):
                     try:
                         model.poll()
-                    except (
-                        Exception
-                    ):  # which must end neither the other models' turn nor the thread
+                    except Exception:  # it must end neither the others' turn nor the thread
                         log.exception("cannot look after the versions of %s", model.name)
             with self._polled:
                 self._configs_polled = configs

@@ -82,10 +82,10 @@ class RestApi:
 
     manager: ModelManager
     json: JsonWorkers
-    timeout_ms: int = 30_000
-    metrics_path: str | None = None
-    check_method_name: bool = False
-    with_cors: bool = False
+    timeout_ms: int
+    metrics_path: str | None
+    check_method_name: bool
+    with_cors: bool
 
     def __post_init__(self) -> None:
         self._application = Request.application(self._respond)

@@ -38,9 +38,9 @@ class SavedModel(Servable):
     def __init__(
         self,
         path: Path,
-        tags: Iterable[str] = ("serve",),
-        session_config: Any = None,
-        scheduler: BatchScheduler | None = None,
+        tags: Iterable[str],
+        session_config: Any,
+        scheduler: BatchScheduler | None,
     ):
         """Load the meta graph with ``tags``; raise ServingError when ``path`` does not hold it.
 

@@ -33,7 +33,7 @@ class Servable(abc.ABC):
         path: Path,
         signatures: Mapping[str, Any],
         placeholders: Collection[str],
-        scheduler: BatchScheduler | None = None,
+        scheduler: BatchScheduler | None,
     ):
         """Raise ServingError when the parameters for batching beside the model are wrong."""
         self.signatures = signatures
@@ -63,12 +63,7 @@ class Servable(abc.ABC):
         ``output_filter`` names the outputs to compute, all if it is empty; ``timeout_ms`` of 0
         means without limit. Raises ServingError for everything that can be wrong.
         """
-        signature = self.signature(signature_name)
-        feeds = _feeds(signature, inputs, self._placeholders)
-        aliases = _outputs(signature, output_filter)
-        names = _tensor_names(signature.inputs, sorted(signature.inputs))
-        arrays = self._batch(names, _tensor_names(signature.outputs, aliases), feeds, timeout_ms)
-        return dict(zip(aliases, arrays, strict=True))
+        return self.predict_together({signature_name: output_filter}, inputs, timeout_ms)[0]
 
     def predict_together(
         self,
@@ -78,25 +73,25 @@ class Servable(abc.ABC):
     ) -> list[dict[str, np.ndarray]]:
         """Run several signatures, each on the same inputs, in one run of the graph.
 
-        ``outputs`` maps the name of each signature to the aliases of its outputs to compute.
-        Raises ServingError for everything that can be wrong.
+        ``outputs`` maps the name of each signature to its ``output_filter``. The rest is as in
+        ``predict``.
         """
-        tensors_fed: dict[str, np.ndarray] = {}
-        fetches: dict[str, None] = {}
-        for name, aliases in outputs.items():
+        feeds: list[tuple[str, np.ndarray]] = []
+        wanted: list[dict[str, str]] = []
+        for name, output_filter in outputs.items():
             signature = self.signature(name)
-            feeds = _feeds(signature, inputs, self._placeholders)
-            names = _tensor_names(signature.inputs, sorted(signature.inputs))
-            tensors_fed |= zip(names, feeds, strict=True)
-            fetches |= dict.fromkeys(_tensor_names(signature.outputs, aliases))
+            arrays = _feeds(signature, inputs, self._placeholders)
+            aliases = _outputs(signature, output_filter)
+            names = (signature.inputs[alias].name for alias in sorted(signature.inputs))
+            fed = {tensor for tensor, _ in feeds}  # for a signature before this one
+            feeds += [pair for pair in zip(names, arrays, strict=True) if pair[0] not in fed]
+            wanted.append({alias: signature.outputs[alias].name for alias in aliases})
+        fetched = tuple(dict.fromkeys(name for names in wanted for name in names.values()))
         arrays = self._batch(
-            tuple(tensors_fed), tuple(fetches), list(tensors_fed.values()), timeout_ms
+            tuple(name for name, _ in feeds), fetched, [array for _, array in feeds], timeout_ms
         )
-        fetched = dict(zip(fetches, arrays, strict=True))
-        return [
-            {alias: fetched[self.signature(name).outputs[alias].name] for alias in aliases}
-            for name, aliases in outputs.items()
-        ]
+        values = dict(zip(fetched, arrays, strict=True))
+        return [{alias: values[name] for alias, name in names.items()} for names in wanted]
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -154,10 +149,6 @@ def _within(
         raise ServingError(
             grpc.StatusCode.DEADLINE_EXCEEDED, f"Run() took longer than {timeout_ms} ms"
         ) from error
-
-
-def _tensor_names(infos: Mapping[str, Any], aliases: Iterable[str]) -> tuple[str, ...]:
-    return tuple(infos[alias].name for alias in aliases)
 
 
 def _names(aliases: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import requests
 import yaml
-from helpers.basics import ROOT, SAMPLES, describe_model, free_port
+from helpers.basics import ROOT, SAMPLES, describe_model, free_port, processes_with
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import Marker
 from packaging.requirements import Requirement
@@ -71,20 +71,10 @@ def started(*command: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     try:
         yield process, mark
     finally:
-        for left in descendants(mark):
+        for left in processes_with(mark):
             with suppress(psutil.Error):
                 left.kill()
         process.wait()
-
-
-def descendants(mark: str) -> list[psutil.Process]:
-    """Every process that has inherited TEST_MARK, orphans and other sessions included."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get("TEST_MARK") == mark:
-                found.append(process)
-    return found
 
 
 def read_until(process: subprocess.Popen[str], word: str) -> str:
@@ -379,7 +369,7 @@ def test_a_failing_notebook_is_reported_with_its_cell(
     with started(*workbook) as (process, mark):
         said = process.communicate()[0]
         assert process.returncode == 1
-        assert descendants(mark) == []
+        assert processes_with(mark) == []
     assert {path: path.read_bytes() for path in source.iterdir()} == before
 
     assert re.search(r"^port 8500 is busy: GRPC_PORT is \d+ this time$", said, re.MULTILINE)
@@ -535,6 +525,12 @@ def test_a_kernel_that_does_not_start_is_reported(workbook: list[object], tmp_pa
     assert (tmp_path / "target" / "01-works.html").exists()
 
 
+def test_executing_a_lesson_makes_no_parser_of_web_addresses() -> None:
+    """It takes as long as everything else that each lesson's process imports."""
+    done = run(sys.executable, "-c", "import sys, workbook.execute; print('lark' in sys.modules)")
+    assert done.stdout == "False\n"
+
+
 def test_a_lesson_that_leaves_a_server_behind_has_failed(
     workbook: list[object], tmp_path: Path
 ) -> None:
@@ -542,7 +538,7 @@ def test_a_lesson_that_leaves_a_server_behind_has_failed(
     with started(*workbook) as (process, mark):
         said = process.communicate()[0]
         assert process.returncode == 1
-        assert descendants(mark) == []
+        assert processes_with(mark) == []
     assert re.search(
         r"01-leaves failed: it left behind: process \d+ \(\S+ -m http\.server 0\)", said
     )
@@ -576,7 +572,7 @@ def test_interrupting_the_workbook_leaves_nothing_behind(
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate()[0]
         assert process.returncode == 130
-        assert descendants(mark) == []
+        assert processes_with(mark) == []
     assert "Interrupted; every kernel and server that was started has ended." in said
     assert "Traceback" not in said
 
@@ -718,22 +714,22 @@ def test_serve_classifies_and_ends_on_ctrl_c(clothing_model: Path, busy_ports: l
         metrics = re.search(r"^  metrics +(\S+)$", said, re.MULTILINE)
         assert metrics is not None
         assert "gateway_seconds" in requests.get(metrics[1], timeout=60).text
-        assert len(descendants(mark)) >= 3
+        assert len(processes_with(mark)) >= 3
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate()[0]
         assert process.returncode == 0
-        assert descendants(mark) == []
+        assert processes_with(mark) == []
     assert "Traceback" not in said
 
 
 def test_serve_says_which_server_died_and_ends_the_other(clothing_model: Path) -> None:
     with started(sys.executable, "-m", "workbook.serve", clothing_model) as (process, mark):
         read_until(process, "Ctrl-C ends both.")
-        (server,) = [p for p in descendants(mark) if "model_server" in p.cmdline()]
+        (server,) = [p for p in processes_with(mark) if "model_server" in p.cmdline()]
         server.kill()
         said = process.communicate()[0]
         assert process.returncode == 1
-        assert descendants(mark) == []
+        assert processes_with(mark) == []
     assert said.strip().startswith("The model server has ended with status -9; the last line of")
     assert len(said.strip().splitlines()) == 1
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 import yaml
@@ -21,6 +20,7 @@ from helpers.manifests import KUBE, run_kustomize
 
 from workbook import manifests, pods
 from workbook.manifests import container, read_image
+from workbook.processes import marked
 from workbook.rehearsal import Proxy, Rehearsal
 
 PING = KUBE / "ping"
@@ -59,20 +59,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     yield start
     for rehearsal in started:
         rehearsal.close()
-        assert left_of(rehearsal.id) == []
+        assert marked("REHEARSAL", rehearsal.id) == []
         assert not rehearsal.folder.exists()
-
-
-def left_of(rehearsal: str) -> list[str]:
-    """The processes of a rehearsal."""
-    left = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("REHEARSAL") == rehearsal:
-                left.append(" ".join(process.cmdline()))
-        except (psutil.Error, OSError):
-            continue
-    return left
 
 
 def names(rehearsal: Rehearsal) -> set[str]:
@@ -557,7 +545,7 @@ def test_the_clothes_are_classified_by_both_model_servers(
         eventually(both_have_answered, "both model servers have answered twice")
     finally:
         rehearsal.close()
-    assert left_of(rehearsal.id) == []
+    assert marked("REHEARSAL", rehearsal.id) == []
 
 
 def test_nothing_is_left_when_the_program_is_killed(ping: Manifests) -> None:
@@ -582,7 +570,7 @@ while True:
         lines = iter(process.stdout.readline, "")
         last = next(line for line in lines if re.match("[0-9a-f]{8} ", line))
         rehearsal, folder = last.split()
-        assert left_of(rehearsal) and Path(folder).exists()
+        assert marked("REHEARSAL", rehearsal) and Path(folder).exists()
         process.send_signal(signal.SIGKILL)
-    eventually(lambda: not left_of(rehearsal), "all is removed")
+    eventually(lambda: not marked("REHEARSAL", rehearsal), "all is removed")
     eventually(lambda: not Path(folder).exists(), "all is removed")

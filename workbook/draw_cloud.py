@@ -1,12 +1,6 @@
-"""Draw who is let in and in which order all goes away again, for lesson 09.
+"""Draw who is let in and in which order all goes away again, for lesson 09."""
 
-    .venv/bin/python -m workbook.draw_cloud
-
-writes ``admitted.svg`` and ``teardown.svg`` to ``notebooks/figures/``.
-"""
-
-from workbook.draw_cluster import arrow, box, picture, words
-from workbook.draw_system import FIGURES, MARK, QUIET
+from workbook.drawing import MARK, QUIET, arrow, box, picture, words
 
 
 def admitted() -> str:
@@ -56,8 +50,3 @@ def teardown() -> str:
             box(348, 380, 204, "4 what is left?", "a list: nothing", marked=True),
         ],
     )
-
-
-if __name__ == "__main__":
-    (FIGURES / "admitted.svg").write_text(admitted())
-    (FIGURES / "teardown.svg").write_text(teardown())

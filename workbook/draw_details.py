@@ -1,12 +1,6 @@
-"""Draw what lessons 06, 07 and 12 need to see of a cluster from close by.
+"""Draw what lessons 06, 07 and 12 need to see of a cluster from close by."""
 
-    .venv/bin/python -m workbook.draw_details
-
-writes a picture for each of ``PICTURES`` to ``notebooks/figures/``.
-"""
-
-from workbook.draw_cluster import arrow, box, frame, picture, words
-from workbook.draw_system import FIGURES, INK, MARK, MARKED, QUIET
+from workbook.drawing import INK, MARK, MARKED, QUIET, arrow, box, frame, picture, words
 
 
 def images() -> str:
@@ -110,17 +104,3 @@ def homework() -> str:
         box(344, 422, 196, "autoscaler (HPA)", "1 to 3, at 20 %"),
     ]
     return picture(476, parts)
-
-
-PICTURES = {
-    "images": images,
-    "service": service,
-    "headless": headless,
-    "ending": ending,
-    "12": homework,
-}
-
-
-if __name__ == "__main__":
-    for name, draw in PICTURES.items():
-        (FIGURES / f"{name}.svg").write_text(draw())

@@ -1,14 +1,8 @@
-"""Draw the two pictures of lesson 11: where a request can get lost, and how to find out where.
-
-    .venv/bin/python -m workbook.draw_faults
-
-writes ``faults-path.svg`` and ``faults-tree.svg`` to ``notebooks/figures/``.
-"""
+"""Draw the two pictures of lesson 11: where a request can get lost, and how to find out where."""
 
 from xml.sax.saxutils import escape
 
-from workbook.draw_cluster import SMALL, arrow, box, picture
-from workbook.draw_system import FIGURES, MARK, QUIET
+from workbook.drawing import MARK, QUIET, arrow, box, picture, words
 
 # What to ask, with which command; and what each answer, which is a sign, means.
 QUESTIONS = [
@@ -48,12 +42,8 @@ def tree() -> str:
     for number, (question, command, answers) in enumerate(QUESTIONS):
         middle = top + STEP * len(answers) // 2
         if number:
-            label = ONWARDS[number - 1]
             parts.append(arrow(f"102,{before + 28} 102,{middle - 30}"))
-            parts.append(
-                f'<text x="112" y="{middle - 42}" font-size="{SMALL}" text-anchor="start" '
-                f'fill="{QUIET}">{label}</text>'
-            )
+            parts.append(words(112, middle - 42, ONWARDS[number - 1], QUIET, "start"))
         for place, (sign, cause) in enumerate(answers):
             y = top + STEP * place + STEP // 2
             parts.append(arrow(f"195,{middle} 218,{middle} 218,{y} 240,{y}"))
@@ -65,11 +55,7 @@ def tree() -> str:
 
 def note(x: int, y: int, *lines: str) -> str:
     """What can be wrong at a place: one line below the other."""
-    return "".join(
-        f'<text x="{x}" y="{y + 21 * number}" font-size="{SMALL}" text-anchor="start" '
-        f'fill="{MARK}">{line}</text>'
-        for number, line in enumerate(lines)
-    )
+    return "".join(words(x, y + 21 * n, line, MARK, "start") for n, line in enumerate(lines))
 
 
 def path() -> str:
@@ -88,8 +74,3 @@ def path() -> str:
         note(226, 433, "memory limit"),
     ]
     return picture(468, parts)
-
-
-if __name__ == "__main__":
-    (FIGURES / "faults-tree.svg").write_text(tree())
-    (FIGURES / "faults-path.svg").write_text(path())

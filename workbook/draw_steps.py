@@ -1,14 +1,8 @@
-"""Draw what happens one after the other: a column of boxes, and beside each what may be said of it.
-
-    .venv/bin/python -m workbook.draw_steps
-
-writes the figures of `STEPS`, and `05-localhost.svg`, to ``notebooks/figures/``.
-"""
+"""Draw what happens one after the other: a column of boxes, and beside each what may be said."""
 
 from typing import NamedTuple
 
-from workbook.draw_cluster import arrow, box, frame, picture
-from workbook.draw_system import FIGURES, MARK, QUIET
+from workbook.drawing import MARK, QUIET, arrow, box, frame, picture, words
 
 
 class Step(NamedTuple):
@@ -114,10 +108,8 @@ def steps(column: list[Step]) -> str:
             parts.append(arrow(f"{centre},{begin} {centre},{end - 2}"))
         for line, note in enumerate(step.notes):
             level = y + 5 + 18 * (line - (len(step.notes) - 1) / 2)
-            parts.append(
-                f'<text x="{COLUMN + 28}" y="{level}" text-anchor="start" '
-                f'fill="{MARK if step.marked else QUIET}" font-size="15">{note}</text>'
-            )
+            color = MARK if step.marked else QUIET
+            parts.append(words(COLUMN + 28, level, note, color, "start"))
     return picture(88 + (len(column) - 1) * STEP, parts, WIDTH)
 
 
@@ -127,10 +119,10 @@ def localhost() -> str:
         frame(10, 40, 200, 130, "container"),
         box(110, 96, 160, "gateway"),
         arrow("110,114 110,140"),
-        f'<text x="110" y="158" font-size="15" fill="{MARK}">localhost:8500: nobody</text>',
+        words(110, 158, "localhost:8500: nobody", MARK),
         frame(224, 40, 200, 130, "container"),
         box(324, 96, 160, "model server"),
-        f'<text x="324" y="146" font-size="15" fill="{QUIET}">localhost:8500: here</text>',
+        words(324, 146, "localhost:8500: here", QUIET),
         '<text x="12" y="26" text-anchor="start">Each container has a localhost of its own:</text>',
         '<text x="12" y="214" text-anchor="start">On one network, they have names:</text>',
         frame(4, 228, 426, 170, "network", marked=True),
@@ -139,12 +131,6 @@ def localhost() -> str:
         frame(230, 258, 186, 126, "container"),
         box(323, 314, 152, "model server"),
         arrow("187,314 245,314", marked=True),
-        f'<text x="323" y="366" font-size="15" fill="{MARK}">model-server:8500</text>',
+        words(323, 366, "model-server:8500", MARK),
     ]
     return picture(406, parts, WIDTH)
-
-
-if __name__ == "__main__":
-    for name, column in STEPS.items():
-        (FIGURES / f"{name}.svg").write_text(steps(column))
-    (FIGURES / "05-localhost.svg").write_text(localhost())

@@ -1,14 +1,7 @@
-"""Draw the picture of the system, once plain and once for each lesson with its part marked.
+"""Draw the picture of the system, once plain and once for each lesson with its part marked."""
 
-    .venv/bin/python -m workbook.draw_system
+from workbook.drawing import MARK, QUIET, arrow, box, frame, picture, words
 
-writes ``system.svg`` and ``01.svg`` … to ``notebooks/figures/``. A phone shows a picture no wider
-than about 300 pixels, so the system stands in two columns and its text is large.
-"""
-
-from pathlib import Path
-
-FIGURES = Path(__file__).resolve().parents[1] / "notebooks/figures"
 # Centre x, row from the top, width, title, second line.
 BOXES = {
     "browser": (75, 0, 134, "browser", "or curl"),
@@ -71,80 +64,45 @@ LESSONS: dict[str, tuple[list[str], list[Frame]]] = {
         ],
     ),
 }
-WIDTH, HEIGHT = 434, 66
-ROWS = (14, 168, 288)  # where the boxes of each row begin
-TITLE, TEXT = 18, 16
-INK, QUIET, PAPER, MARK, MARKED = "#1f2937", "#6b7280", "#ffffff", "#c2410c", "#ffedd5"
+WIDTH, HALF = 434, 28
+ROWS = (47, 201, 321)  # the middle of the boxes of each row
 
 
-def box(name: str, marked: bool) -> str:
-    """One part of the system: a rounded rectangle with its title and a line below."""
-    x, row, width, title, line = BOXES[name]
-    fill, stroke, weight = (MARKED, MARK, 3) if marked else ("#f3f4f6", "#9ca3af", 1.5)
-    return (
-        f'<rect x="{x - width / 2}" y="{ROWS[row]}" width="{width}" height="{HEIGHT}" rx="10" '
-        f'fill="{fill}" stroke="{stroke}" stroke-width="{weight}"/>'
-        f'<text x="{x}" y="{ROWS[row] + 28}" font-size="{TITLE}" font-weight="600" fill="{INK}">'
-        f'{title}</text><text x="{x}" y="{ROWS[row] + 50}" fill="{INK}">{line}</text>'
-    )
-
-
-def arrow(name: str, marked: bool) -> str:
-    """A connection between two boxes: level within a row, falling from one row to the next."""
+def connection(name: str, marked: bool) -> str:
+    """An arrow between two boxes: level within a row, falling from one row to the next."""
     source, target, labels = ARROWS[name]
     (x1, row1, w1, *_), (x2, row2, w2, *_) = BOXES[source], BOXES[target]
-    color, weight = (MARK, 3) if marked else (QUIET, 1.5)
     if row1 == row2:
-        start, end, y = x1 + w1 / 2 + 3, x2 - w2 / 2 - 4, ROWS[row1] + HEIGHT / 2
-        line, tip = f"M{start} {y}H{end - 9}", f"M{end} {y}L{end - 9} {y - 5}V{y + 5}Z"
-        places = [((start + end) / 2, y - 10, "middle"), ((start + end) / 2, y + 24, "middle")]
+        start, end, y = x1 + w1 / 2 + 3, x2 - w2 / 2 - 4, ROWS[row1]
+        points, x, anchor = f"{start},{y} {end},{y}", (start + end) / 2, "middle"
+        levels = [y - 10.0, y + 24.0]
     else:
-        start, end = ROWS[row1] + HEIGHT + 3, ROWS[row2] - 4
-        line, tip = f"M{x1} {start}V{end - 9}", f"M{x1} {end}L{x1 - 5} {end - 9}H{x1 + 5}Z"
-        places = [(x1 + 10, (start + end) / 2 + 2, "start")]
-    words = [
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{color}">{label}</text>'
-        for label, (x, y, anchor) in zip(labels, places, strict=False)
-    ]
-    return (
-        f'<path d="{line}" stroke="{color}" stroke-width="{weight}"/>'
-        f'<path d="{tip}" fill="{color}"/>' + "".join(words)
-    )
+        start, end = ROWS[row1] + HALF + 3, ROWS[row2] - HALF - 4
+        points, x, anchor = f"{x1},{start} {x1},{end}", x1 + 10, "start"
+        levels = [(start + end) / 2 + 2]
+    color = MARK if marked else QUIET
+    said = [words(x, y, label, color, anchor) for y, label in zip(levels, labels, strict=False)]
+    return arrow(points, marked) + "".join(said)
 
 
-def frame(title: str, names: list[str], level: int) -> str:
-    """A dashed line around some boxes, its title on top; level 1 is the closest to them."""
+def around(title: str, names: list[str], level: int) -> str:
+    """A frame around some boxes, its title on top; level 1 is the closest to them."""
     left = min(BOXES[name][0] - BOXES[name][2] / 2 for name in names) - 7 * level
     right = max(BOXES[name][0] + BOXES[name][2] / 2 for name in names) + 7 * level
     rows = [ROWS[BOXES[name][1]] for name in names]
-    top, bottom = min(rows) - 28 * level, max(rows) + HEIGHT + 7 * level
-    return (
-        f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" rx="12" '
-        f'fill="none" stroke="{MARK}" stroke-width="1.5" stroke-dasharray="6 4"/>'
-        f'<text x="{left + 12}" y="{top + 20}" text-anchor="start" fill="{MARK}">{title}</text>'
-    )
+    top, bottom = min(rows) - HALF - 28 * level, max(rows) + HALF + 7 * level
+    return frame(left, top, right - left, bottom - top, title, marked=True)
 
 
-def system(lesson: tuple[list[str], list[Frame]]) -> str:
+def system(marked: list[str], frames: list[Frame]) -> str:
     """The whole picture as SVG, with a lesson's parts in orange, and its frames."""
-    marked, frames = lesson
-    parts = [arrow(name, name in marked) for name in ARROWS]
-    parts += [box(name, name in marked) for name in BOXES]
+    parts = [connection(name, name in marked) for name in ARROWS]
+    for name, (x, row, width, title, line) in BOXES.items():
+        parts.append(box(x, ROWS[row], width, title, line, name in marked))
     levels: dict[str, int] = dict.fromkeys(BOXES, 0)
     for title, names in frames:
         level = 1 + max(levels[name] for name in names)
         levels |= dict.fromkeys(names, level)
-        parts.append(frame(title, names, level))
+        parts.append(around(title, names, level))
     outermost = max(levels.values())
-    top, bottom = -28 * outermost, ROWS[-1] + HEIGHT + 14 + 7 * outermost
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {WIDTH} {bottom - top}" '
-        f'width="{WIDTH}" height="{bottom - top}" font-family="system-ui, sans-serif" '
-        f'font-size="{TEXT}" text-anchor="middle"><rect y="{top}" width="{WIDTH}" '
-        f'height="{bottom - top}" rx="8" fill="{PAPER}"/>' + "".join(parts) + "</svg>\n"
-    )
-
-
-if __name__ == "__main__":
-    for name, lesson in LESSONS.items():
-        (FIGURES / f"{name}.svg").write_text(system(lesson))
+    return picture(368 + 35 * outermost, parts, WIDTH, -28 * outermost)

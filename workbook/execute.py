@@ -2,6 +2,7 @@
 
 It prints a line of JSON for each code cell that has run, and then one with the outcome.
 """
+# ruff: noqa: E402
 
 import argparse
 import json
@@ -15,6 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
+
+# It would make a parser of web addresses for jsonschema: a second for what no notebook needs.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 import nbformat
 import papermill

@@ -21,7 +21,7 @@ from workbook.cluster import Cluster, load_command
 from workbook.engine import run
 from workbook.manifests import Manifest, port_number, read_image
 from workbook.pods import Pod
-from workbook.rehearsal import KUBERNETES, Rehearsal
+from workbook.rehearsal import KUBERNETES, RESOURCES, Rehearsal
 
 COMPONENT = "app.kubernetes.io/component"
 WELL = 100  # so many answers in a row
@@ -51,13 +51,7 @@ KINDS = {
         "NAME REFERENCE TARGETS MINPODS MAXPODS REPLICAS AGE",
     ),
 }
-# The kinds of which one object can be read and changed, as commands name them.
-SINGULAR = {
-    "deployment": "Deployment",
-    "horizontalpodautoscaler": "HorizontalPodAutoscaler",
-    "networkpolicy": "NetworkPolicy",
-    "service": "Service",
-}
+SINGULAR = {kind.lower(): kind for kind in RESOURCES}  # as commands name them
 # The options of `autoscale`, and the older name of the first of them.
 CPU, OLD_CPU = ["--cpu", "--min", "--max"], ["--cpu-percent", "--min", "--max"]
 

@@ -1,6 +1,13 @@
-"""The processes of a run: all that descend from it, and how they end."""
+"""The processes of a run: all that descend from it, and how they end.
 
+`python -m workbook.processes VARIABLE VALUE FOLDER` waits until its input ends, however the program
+that has started it does. Then it kills the processes that have inherited the variable, and removes
+the folder.
+"""
+
+import shutil
 import signal
+import sys
 import uuid
 from contextlib import suppress
 from types import FrameType
@@ -8,6 +15,17 @@ from types import FrameType
 import psutil
 
 MARK = uuid.uuid4().hex
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def marked(variable: str, mark: str) -> list[psutil.Process]:
+    """Return the processes that have inherited a variable with this value."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(variable) == mark:
+                found.append(process)
+    return found
 
 
 def started() -> list[psutil.Process]:
@@ -16,12 +34,7 @@ def started() -> list[psutil.Process]:
     A kernel leads a session of its own, so neither Ctrl-C nor the kernel's end reaches the
     servers that a notebook has started; but all of them inherit the mark in their environment.
     """
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get("WORKBOOK_RUN") == MARK:
-                found.append(process)
-    return found
+    return marked("WORKBOOK_RUN", MARK)
 
 
 def end_started() -> None:
@@ -37,10 +50,9 @@ def end_started() -> None:
 
 def end_on_signals() -> None:
     """Raise one KeyboardInterrupt on Ctrl-C, SIGTERM or a closed terminal, however often sent."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in signals:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         for child in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
@@ -48,5 +60,15 @@ def end_on_signals() -> None:
         end_started()
         raise KeyboardInterrupt
 
-    for each in signals:
+    for each in SIGNALS:
         signal.signal(each, interrupt)
+
+
+if __name__ == "__main__":
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.stdin.read()
+    for process in marked(*sys.argv[1:3]):
+        with suppress(psutil.Error):
+            process.kill()
+    shutil.rmtree(sys.argv[3], ignore_errors=True)

@@ -11,8 +11,6 @@ import math
 import os
 import re
 import secrets
-import shutil
-import signal
 import socket
 import socketserver
 import subprocess
@@ -27,8 +25,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from workbook import autoscaler, manifests
 from workbook.manifests import Image, Manifest, container, cpus, port_number
 from workbook.pods import TICK_SECONDS, Pod, revision_of
@@ -37,11 +33,12 @@ from workbook.servers import is_busy, require_free_ports
 ENDPOINTS_TICKS = 5  # so late does a Service learn which pods are ready; in a cluster, too
 SLOTS = 8  # for the pods of a Deployment behind a headless Service
 CLOSE_SECONDS = 10  # so long may a pod take to end when the rehearsal is over
-# What errors call the kinds that are not plainly in the core group.
+# The kinds of which commands read and change one object, and what errors call them.
 RESOURCES = {
     "Deployment": "deployments.apps",
     "HorizontalPodAutoscaler": "horizontalpodautoscalers.autoscaling",
     "NetworkPolicy": "networkpolicies.networking.k8s.io",
+    "Service": "services",
 }
 NOT_SHOWN = """\
 There is no scheduler, no node, no API server and no cluster DNS.
@@ -82,7 +79,7 @@ class Rehearsal:
         self.lock, self.over = threading.RLock(), threading.Event()
         # It removes what is left when this program ends without having called `close`.
         self.reaper = subprocess.Popen(
-            [sys.executable, "-m", "workbook.rehearsal", self.id, self.folder],
+            [sys.executable, "-m", "workbook.processes", "REHEARSAL", self.id, self.folder],
             cwd=Path(__file__).parent.parent,
             stdin=subprocess.PIPE,
             start_new_session=True,
@@ -437,14 +434,3 @@ class Proxy(socketserver.ThreadingTCPServer):
         """Take no more connections."""
         self.shutdown()
         self.server_close()
-
-
-if __name__ == "__main__":
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
-    sys.stdin.read()  # until the program that rehearses ends, however it does
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get("REHEARSAL") == sys.argv[1]:
-                process.kill()
-    shutil.rmtree(sys.argv[2], ignore_errors=True)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from workbook.engine import docker, wanted_engine
+from workbook.cluster import docker_answers
 from workbook.lesson import ROOT, Outcome, lessons, look_at, ports_of, read
 from workbook.processes import end_on_signals
 from workbook.servers import is_busy
@@ -133,10 +133,7 @@ def execute_apart(
 
 def side_by_side() -> int:
     """How many lessons may run at a time: containers and a cluster are there for all of them."""
-    shared = "WORKBOOK_CONTEXT" in os.environ
-    if wanted_engine("auto") != "embedded":
-        shared = shared or bool(docker("info", "--format", "{{.ServerVersion}}"))
-    return 1 if shared else SIDE_BY_SIDE
+    return 1 if "WORKBOOK_CONTEXT" in os.environ or docker_answers() else SIDE_BY_SIDE
 
 
 def publish(outcomes: list[Outcome], notebooks: list[Path], folder: Path) -> None:

@@ -15,9 +15,6 @@ from PIL import Image, ImageOps
 from description import SCALINGS, Preprocessor
 
 MOST, SIDE = 10, 320  # as many samples at most travel with a model, each as small as this
-MARGIN = (
-    0.1  # by which another scaling must make a model surer before it is taken for the right one
-)
 
 
 class Answers(NamedTuple):

@@ -52,7 +52,7 @@ def wait_for(url: str, name: str = "", seconds: float = 180) -> None:
         seconds: how long to wait at most.
 
     Raises:
-        RuntimeError: The server has ended; the sentence holds the last lines of its log.
+        RuntimeError: The server has ended; the sentence holds the last line of its log.
         TimeoutError: The address did not answer in time.
     """
     deadline = time.monotonic() + seconds
@@ -61,17 +61,27 @@ def wait_for(url: str, name: str = "", seconds: float = 180) -> None:
         while time.monotonic() < deadline:
             with suppress(OSError), urllib.request.urlopen(url, timeout=5):
                 return
-            if name in running and running[name].poll() is not None:
-                said = logs[name].read_text(errors="replace")[-500:]
-                raise RuntimeError(f"The {name} has ended. Its last words: {said}")
+            if name in running:
+                require_running(name)
             time.sleep(0.1)
             bar.update()
     raise TimeoutError(f"{url} did not answer within {seconds:.0f} seconds.")
 
 
+def require_running(*names: str) -> None:
+    """Raise RuntimeError, with the last line of its log, when one of these has ended by itself."""
+    for name in names:
+        if (status := running[name].poll()) is not None:
+            lines = logs[name].read_text(errors="replace").splitlines() or ["nothing"]
+            raise RuntimeError(
+                f"The {name} has ended with status {status}; the last line of"
+                f" {os.path.relpath(logs[name])} is: {lines[-1].strip()}"
+            )
+
+
 def stop(*names: str) -> None:
-    """End what was started under these names, in this order; without a name, everything."""
-    for name in names or [*running]:
+    """End what was started under these names, in this order; without a name, the newest first."""
+    for name in names or [*reversed(running)]:
         if (process := running.pop(name, None)) is not None:
             process.terminate()
             try:
@@ -86,19 +96,21 @@ atexit.register(stop)
 
 def require_free_ports(*ports: int) -> None:
     """Raise RuntimeError, with a sentence that names the holder, when a port is busy."""
-    listening = {}
+    for port in filter(is_busy, ports):
+        raise RuntimeError(
+            f"Port {port} is in use by {holder_of(port)}: end it, or choose another port in the"
+            " cell of parameters (docs/troubleshooting.md#a-port-is-in-use)."
+        )
+
+
+def holder_of(port: int) -> str:
+    """Name the process that listens at a port, and its pid, if the system lets us see it."""
     for process in psutil.process_iter(["name"]):
         with suppress(psutil.Error, OSError):
-            for connection in process.net_connections("tcp"):
-                if connection.status == psutil.CONN_LISTEN:
-                    listening[connection.laddr.port] = f"{process.info['name']}, pid {process.pid}"
-    for port in ports:
-        if is_busy(port):
-            holder = listening.get(port, "a process of another user")
-            raise RuntimeError(
-                f"Port {port} is in use by {holder}: end it, or choose another port in the cell"
-                " of parameters (docs/troubleshooting.md#a-port-is-in-use)."
-            )
+            for each in process.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
+                    return f"{process.info['name']}, pid {process.pid}"
+    return "a process of another user"
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 300) -> None:

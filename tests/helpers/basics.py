@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from workbook.processes import marked
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,16 +64,9 @@ def copy_of_root(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, folder / "root", ignore=shutil.ignore_patterns(*names)))
 
 
-def processes_with(mark: str) -> list[list[str]]:
-    """The command lines of those processes that have inherited TEST_MARK."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TEST_MARK") == mark:
-                found.append(process.cmdline())
-        except (psutil.Error, OSError):
-            continue
-    return found
+def processes_with(mark: str) -> list[psutil.Process]:
+    """Those processes that have inherited TEST_MARK, orphans and other sessions included."""
+    return marked("TEST_MARK", mark)
 
 
 def eventually(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
