@@ -117,6 +117,14 @@ def test_all_kinds_have_the_names_that_kubectl_gives_them(say: Say) -> None:
     assert changed == ["poddisruptionbudget.policy/gateway configured"]
 
 
+def test_lines_are_left_out_as_grep_leaves_them_out(say: Say) -> None:
+    say("apply --kustomize kube-config/base")
+    again = say("apply --kustomize kube-config/base | grep -v unchanged").splitlines()
+    assert again == [
+        f"poddisruptionbudget.policy/{name} configured" for name in ("gateway", "model-server")
+    ]
+
+
 def test_rollouts_are_told_as_kubectl_tells_them(say: Say, kubectl: Kubectl) -> None:
     say("apply --kustomize kube-config/ping")
     say("rollout status deployment/ping --timeout 60s")

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,6 +198,10 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
     """
     words, inside = words_of(command)
     match words:
+        case [*_, "|", "grep", "-v", word]:
+            with redirect_stdout(StringIO()) as said:
+                rehearse(rehearsal, command.partition(" | ")[0])
+            print(*(line for line in said.getvalue().splitlines() if word not in line), sep="\n")
         case ["get", kinds] if {*kinds.split(",")} <= {*KINDS}:
             print_tables(rehearsal, kinds.split(","))
         case ["get", "services", "--namespace", "default"]:
