@@ -201,6 +201,19 @@ def test_files_that_are_shown_are_as_they_are(path: Path) -> None:
             assert now.stdout.strip() in printed(cell), command
 
 
+def test_lesson_02_times_requests_that_are_warmed_up() -> None:
+    """Lesson 01 writes none for `serving_bytes`: there, the first request is slow in any case."""
+    (path,) = (path for path in NOTEBOOKS if path.name.startswith("02-"))
+    timed = [cell.source for cell in code_cells(path) if 'deploy("assets.extra")' in cell.source]
+    assert [re.findall(r"times\(6(.*)\)", source) for source in timed] == [[", **floats"] * 2]
+    assert '"signature_name"' not in next(
+        line
+        for cell in code_cells(path)
+        for line in cell.source.splitlines()
+        if "floats = " in line
+    )
+
+
 def test_lesson_05_is_committed_as_it_runs_in_containers() -> None:
     """Where an engine answers, `make workbook` runs it so: `.ci/run` makes sure of that."""
     (path,) = (path for path in NOTEBOOKS if path.name.startswith("05-"))

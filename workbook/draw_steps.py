@@ -31,6 +31,18 @@ STEPS = {
         Step("frozen graph", "the weights are inside"),
         Step("probabilities", "one for each class", ("all three", "end here")),
     ],
+    "02-version": [
+        Step("folder 2 appears", "beside folder 1", ("version 1", "answers")),
+        Step("the server notices", "it looks every second"),
+        Step("it loads version 2", "and warms it up", ("version 1", "still answers")),
+        Step(
+            "version 2: AVAILABLE",
+            "new requests go there",
+            ("version 1 finishes", "its last requests"),
+            True,
+        ),
+        Step("version 1: END", "its memory is free", ("version 2", "answers")),
+    ],
     "03-request": [
         Step(
             "PredictRequest", "one message", ("model_spec:", "which model, and", "which signature")
@@ -42,7 +54,7 @@ STEPS = {
     "04-functions": [
         Step("fetch", "a link becomes bytes", ("requests",)),
         Step("prepare", "bytes become numbers", ("Pillow and NumPy",)),
-        Step("ask", "pixels become chances", ("gRPC,", "as in lesson 03"), True),
+        Step("ask", "numbers become scores", ("gRPC,", "as in lesson 03"), True),
         Step("describe", "numbers get their names", ("the classes of", "the description")),
     ],
     "04-program": [
@@ -54,14 +66,14 @@ STEPS = {
     ],
     "04-redirect": [
         Step("the stranger", "sends a link", ("to a server", "of his own")),
-        Step("the gateway", "opens the link", ("a public address:", "nothing to object")),
+        Step("the gateway", "opens the link", ("a public address:", "looks harmless")),
         Step("the stranger's server", "302: look over there", ("there is", "127.0.0.1")),
-        Step("the gateway", "follows", ("from inside", "the house"), True),
+        Step("the gateway", "follows", ("from inside", "the network"), True),
         Step("a private host", "answers the gateway", ("which tells", "the stranger")),
     ],
     "04-refusals": [
         Step("POST /predict", "a link, or a file"),
-        Step("web.py", "is there a free place?", ("503 too many", "at a time")),
+        Step("web.py", "room for one more?", ("503 too many", "at a time")),
         Step("links.py", "fetch", ("400 private address", "502, 504 its host", "fails or is slow")),
         Step("pictures.py", "decode", ("413 too big", "415 no picture")),
         Step("gateway.py", "ask the model", ("503 no model server", "504 it is too slow"), True),
