@@ -213,7 +213,7 @@ def test_an_autoscaler_knows_nothing_before_something_measures(say: Say, kubectl
     assert kubectl.object("horizontalpodautoscaler", "app")["status"] == {"currentReplicas": 1}
 
 
-def test_an_autoscaler_adds_pods_under_load_up_to_its_most(
+def test_an_autoscaler_adds_pods_under_load_up_to_its_most_and_takes_them_away_when_it_is_over(
     say: Say, kubectl: Kubectl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autoscaler, "SYNC_SECONDS", 1.0)
@@ -233,6 +233,34 @@ def test_an_autoscaler_adds_pods_under_load_up_to_its_most(
     eventually(reached_under_load, "there are three pods")
     assert re.search(r" cpu: \d+%/20% +1 +3 +3 ", say("get hpa"))
     assert kubectl.object("deployment", "app")["spec"]["replicas"] == 3
+    (metric,) = kubectl.object("horizontalpodautoscaler", "app")["status"]["currentMetrics"]
+    assert metric["resource"]["current"]["averageUtilization"] >= 0
+    window = '{"spec": {"behavior": {"scaleDown": {"stabilizationWindowSeconds": 2}}}}'
+    patch = f"patch horizontalpodautoscaler/app --patch '{window}'"
+    assert say(patch) == "horizontalpodautoscaler.autoscaling/app patched"
+
+    def is_calm() -> bool:
+        status = kubectl.object("horizontalpodautoscaler", "app")["status"]
+        ready = kubectl.object("deployment", "app")["status"]["readyReplicas"]
+        return status["desiredReplicas"] == status["currentReplicas"] == ready == 1
+
+    eventually(is_calm, "there is one pod again")
+
+
+@pytest.mark.parametrize(
+    ("behavior", "seconds"),
+    [
+        ({}, 300),
+        ({"scaleDown": {"stabilizationWindowSeconds": 15}}, 15),
+        ({"scaleUp": {"stabilizationWindowSeconds": 15}}, None),
+        ({"scaleDown": {"stabilizationWindowSeconds": 15, "policies": []}}, None),
+    ],
+)
+def test_an_autoscaler_waits_as_long_as_it_is_told_before_it_takes_pods_away(
+    behavior: dict[str, Any], seconds: float | None
+) -> None:
+    """What else a `behavior` may say is beyond a rehearsal, which then scales nothing."""
+    assert autoscaler.calm_seconds({"behavior": behavior} if behavior else {}) == seconds
 
 
 @pytest.mark.parametrize(

@@ -115,14 +115,6 @@ def test_requests_are_summed_up_as_littles_law_wants_it() -> None:
     assert scaling.wavering({(1, 1): {4: quick, 8: slow}}, [4, 8]) == pytest.approx(0.2)
 
 
-def test_rates_are_by_the_second_whatever_the_period() -> None:
-    """Ten answers a second for two seconds, and then twenty."""
-    ends = [*np.arange(0.0, 2, 0.1), *np.arange(2.0, 4.01, 0.05)]
-    seen = [scaling.Request(end, 1, 0.0, "", 0.0) for end in ends]
-    assert scaling.rates(seen, every=1) == pytest.approx([10, 10, 20], abs=1.1)
-    assert scaling.rates(seen, every=0.5)[-1] == pytest.approx(20, abs=2.1)
-
-
 def test_tables_are_narrow() -> None:
     columns: dict[int, dict[str, float]] = {
         1: {"pods": 4, "links": 99_949},

@@ -283,7 +283,7 @@ def autoscale(rehearsal: Rehearsal, name: str, percent: int, least: int, most: i
 
 
 def state(rehearsal: Rehearsal, kind: str, name: str, namespace: str = "") -> Manifest:
-    """Return an object of a rehearsal with what a cluster adds: addresses, and numbers of pods."""
+    """Return an object of a rehearsal with what a cluster adds: addresses, pods, their CPU."""
     if (kind, name, namespace) == ("Service", "kubernetes", "default"):
         return KUBERNETES
     found: Manifest = copy.deepcopy(rehearsal.object(kind, name))
@@ -292,10 +292,17 @@ def state(rehearsal: Rehearsal, kind: str, name: str, namespace: str = "") -> Ma
         found["spec"].setdefault("type", "ClusterIP")
     elif kind == "Deployment":
         found["spec"]["replicas"] = rehearsal.replicas(name)
+        new, old = rehearsal.live_pods(name)
+        found["status"] = {"readyReplicas": sum(pod.ready for pod in [*new, *old])}
     elif kind == "HorizontalPodAutoscaler":
         target = found["spec"]["scaleTargetRef"]["name"]
         new, old = rehearsal.live_pods(target)
         found["status"] = {"currentReplicas": len(new) + len(old)}
+        if name in rehearsal.usage:
+            now = {"averageUtilization": rehearsal.usage[name]}
+            metric = {"type": "Resource", "resource": {"name": "cpu", "current": now}}
+            found["status"] |= {"currentMetrics": [metric]}
+            found["status"] |= {"desiredReplicas": rehearsal.replicas(target)}
     return found
 
 
