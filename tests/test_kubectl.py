@@ -247,6 +247,17 @@ def test_an_autoscaler_adds_pods_under_load_up_to_its_most_and_takes_them_away_w
     eventually(is_calm, "there is one pod again")
 
 
+def test_a_tunnel_stays_open_however_many_connections_it_tells_of(
+    kubectl: Kubectl, tmp_path: Path
+) -> None:
+    many = "yes Handling connection for 9696 | head -n 10000"
+    (tmp_path / "kubectl").write_text(f"echo Forwarding; {many}; touch {tmp_path}/told; sleep 60")
+    there = Kubectl(Cluster("kubernetes", "", f"sh {tmp_path}/kubectl"), "home")
+    there.forward("service/app", 80, free_port())
+    eventually((tmp_path / "told").exists, "all has been told")
+    there.close()
+
+
 @pytest.mark.parametrize(
     ("behavior", "seconds"),
     [

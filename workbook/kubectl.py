@@ -6,7 +6,9 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import zip_longest
@@ -135,6 +137,8 @@ class Kubectl:
         assert tunnel.stdout is not None
         if not (line := tunnel.stdout.readline()).startswith(opened):
             raise RuntimeError(f"This failed: kubectl {command}: {line}")
+        # It has a line for each connection, and would stop for ever at a pipe that is full.
+        threading.Thread(target=deque, args=(tunnel.stdout, 0), daemon=True).start()
 
     def pods(self, component: str) -> list[PodState]:
         """Return the state of a component's pods; those that are ending are among them."""
