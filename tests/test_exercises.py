@@ -26,7 +26,7 @@ QUICKER = {
         "STEP_SECONDS = 3": "STEP_SECONDS = 1",
         "--run-time 4s": "--run-time 1s",
         "--run-time 6s": "--run-time 2s",
-        "--step-seconds 2": "--step-seconds 1",
+        "LOAD_SECONDS = 40": "LOAD_SECONDS = 2",
         "seconds=10": "seconds=2",
         "count=4000": "count=400",
     },

@@ -221,7 +221,7 @@ def test_an_autoscaler_knows_nothing_before_something_measures(say: Say, kubectl
     assert kubectl.object("horizontalpodautoscaler", "app")["status"] == {"currentReplicas": 1}
 
 
-def test_an_autoscaler_adds_pods_under_load_up_to_its_most(
+def test_an_autoscaler_adds_pods_under_load_up_to_its_most_and_takes_them_away_when_it_is_over(
     say: Say, kubectl: Kubectl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autoscaler, "SYNC_SECONDS", 1.0)
@@ -241,6 +241,45 @@ def test_an_autoscaler_adds_pods_under_load_up_to_its_most(
     eventually(reached_under_load, "there are three pods")
     assert re.search(r" cpu: \d+%/20% +1 +3 +3 ", say("get hpa"))
     assert kubectl.object("deployment", "app")["spec"]["replicas"] == 3
+    (metric,) = kubectl.object("horizontalpodautoscaler", "app")["status"]["currentMetrics"]
+    assert metric["resource"]["current"]["averageUtilization"] >= 0
+    window = '{"spec": {"behavior": {"scaleDown": {"stabilizationWindowSeconds": 2}}}}'
+    patch = f"patch horizontalpodautoscaler/app --patch '{window}'"
+    assert say(patch) == "horizontalpodautoscaler.autoscaling/app patched"
+
+    def is_calm() -> bool:
+        status = kubectl.object("horizontalpodautoscaler", "app")["status"]
+        ready = kubectl.object("deployment", "app")["status"]["readyReplicas"]
+        return status["desiredReplicas"] == status["currentReplicas"] == ready == 1
+
+    eventually(is_calm, "there is one pod again")
+
+
+def test_a_tunnel_stays_open_however_many_connections_it_tells_of(
+    kubectl: Kubectl, tmp_path: Path
+) -> None:
+    many = "yes Handling connection for 9696 | head -n 10000"
+    (tmp_path / "kubectl").write_text(f"echo Forwarding; {many}; touch {tmp_path}/told; sleep 60")
+    there = Kubectl(Cluster("kubernetes", "", f"sh {tmp_path}/kubectl"), "home")
+    there.forward("service/app", 80, free_port())
+    eventually((tmp_path / "told").exists, "all has been told")
+    there.close()
+
+
+@pytest.mark.parametrize(
+    ("behavior", "seconds"),
+    [
+        ({}, 300),
+        ({"scaleDown": {"stabilizationWindowSeconds": 15}}, 15),
+        ({"scaleUp": {"stabilizationWindowSeconds": 15}}, None),
+        ({"scaleDown": {"stabilizationWindowSeconds": 15, "policies": []}}, None),
+    ],
+)
+def test_an_autoscaler_waits_as_long_as_it_is_told_before_it_takes_pods_away(
+    behavior: dict[str, Any], seconds: float | None
+) -> None:
+    """What else a `behavior` may say is beyond a rehearsal, which then scales nothing."""
+    assert autoscaler.calm_seconds({"behavior": behavior} if behavior else {}) == seconds
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """What lesson 08 computes with: the autoscaler that it replays, and its simulation."""
 
+import json
 import math
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -14,6 +16,8 @@ import yaml
 from helpers.basics import ROOT
 
 from workbook import scaling
+from workbook.cluster import Cluster
+from workbook.kubectl import Kubectl
 
 COST = {"Locust": 1.0, "gateway": 5.0, "model server": 8.0}
 
@@ -115,12 +119,30 @@ def test_requests_are_summed_up_as_littles_law_wants_it() -> None:
     assert scaling.wavering({(1, 1): {4: quick, 8: slow}}, [4, 8]) == pytest.approx(0.2)
 
 
-def test_rates_are_by_the_second_whatever_the_period() -> None:
-    """Ten answers a second for two seconds, and then twenty."""
-    ends = [*np.arange(0.0, 2, 0.1), *np.arange(2.0, 4.01, 0.05)]
-    seen = [scaling.Request(end, 1, 0.0, "", 0.0) for end in ends]
-    assert scaling.rates(seen, every=1) == pytest.approx([10, 10, 20], abs=1.1)
-    assert scaling.rates(seen, every=0.5)[-1] == pytest.approx(20, abs=2.1)
+def test_an_autoscaler_is_seen_with_measurements_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The objects are what a cluster says of them: fields are missing, or null, at first."""
+    monkeypatch.setattr(Kubectl, "opened", {})
+    (tmp_path / "kubectl").write_text(f"cat {tmp_path}/$4.json")
+    kubectl = Kubectl(Cluster("kubernetes", "", f"sh {tmp_path}/kubectl"), "clothes")
+    scaler = scaling.Scaler(kubectl, "model-server")
+
+    def say(deployment: dict[str, Any], autoscaler: dict[str, Any]) -> None:
+        told = {"spec": {"replicas": 3}, "status": deployment}
+        (tmp_path / "deployment.json").write_text(json.dumps(told))
+        (tmp_path / "horizontalpodautoscaler.json").write_text(json.dumps(autoscaler))
+
+    for nothing in ({}, {"status": {"currentMetrics": None, "desiredReplicas": 0}}):
+        say({"replicas": 3}, nothing)
+        look = scaler.look()
+        assert (look.wanted, look.ready) == (3, 0)
+        assert math.isnan(look.usage)
+    metric = {"type": "Resource", "resource": {"current": {"averageUtilization": 95}}}
+    say({"readyReplicas": 2}, {"status": {"currentMetrics": [metric]}})
+    scaler.watch(lambda look: look.ready == 2, seconds=60)
+    assert scaler.history[-1][1:] == (3, 2, 95)
+    assert len(scaler.history) == 3
 
 
 def test_tables_are_narrow() -> None:

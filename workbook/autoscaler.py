@@ -8,7 +8,7 @@ import psutil
 from workbook.manifests import Manifest
 
 SYNC_SECONDS = 15.0  # between two looks, as in a cluster
-CALM_SECONDS = 300.0  # so long after a busy moment pods are taken away, as in a cluster
+CALM_SECONDS = 300.0  # after a busy moment until pods go, where no `behavior` says otherwise
 TOLERANCE = 0.1
 
 
@@ -27,6 +27,17 @@ def cpu_seconds(pid: int) -> float:
 def target_of(spec: Manifest) -> int:
     """Return the CPU that an autoscaler aims at, in per cent of what its pods request."""
     return spec["metrics"][0]["resource"]["target"]["averageUtilization"]
+
+
+def calm_seconds(spec: Manifest) -> float | None:
+    """Return for how long after a busy moment an autoscaler takes no pods away.
+
+    None if its `behavior` asks for anything else, which a rehearsal cannot do.
+    """
+    behavior = spec.get("behavior", {})
+    seconds = behavior.get("scaleDown", {}).get("stabilizationWindowSeconds", CALM_SECONDS)
+    alone = {"scaleDown": {"stabilizationWindowSeconds": seconds}}
+    return seconds if behavior in ({}, alone) else None
 
 
 def wish(replicas: int, usage: float, spec: Manifest) -> int:

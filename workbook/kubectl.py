@@ -6,7 +6,9 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
@@ -130,6 +132,8 @@ class Kubectl:
         assert tunnel.stdout is not None
         if not (line := tunnel.stdout.readline()).startswith(opened):
             raise RuntimeError(f"This failed: kubectl {command}: {line}")
+        # It has a line for each connection, and would stop for ever at a pipe that is full.
+        threading.Thread(target=deque, args=(tunnel.stdout, 0), daemon=True).start()
 
     def pods(self, component: str) -> list[PodState]:
         """Return the state of a component's pods; those that are ending are among them."""
@@ -282,7 +286,7 @@ def autoscale(rehearsal: Rehearsal, name: str, percent: int, least: int, most: i
 
 
 def state(rehearsal: Rehearsal, kind: str, name: str, namespace: str = "") -> Manifest:
-    """Return an object of a rehearsal with what a cluster adds: addresses, and numbers of pods."""
+    """Return an object of a rehearsal with what a cluster adds: addresses, pods, their CPU."""
     if (kind, name, namespace) == ("Service", "kubernetes", "default"):
         return KUBERNETES
     found: Manifest = copy.deepcopy(rehearsal.object(kind, name))
@@ -291,10 +295,17 @@ def state(rehearsal: Rehearsal, kind: str, name: str, namespace: str = "") -> Ma
         found["spec"].setdefault("type", "ClusterIP")
     elif kind == "Deployment":
         found["spec"]["replicas"] = rehearsal.replicas(name)
+        new, old = rehearsal.live_pods(name)
+        found["status"] = {"readyReplicas": sum(pod.ready for pod in [*new, *old])}
     elif kind == "HorizontalPodAutoscaler":
         target = found["spec"]["scaleTargetRef"]["name"]
         new, old = rehearsal.live_pods(target)
         found["status"] = {"currentReplicas": len(new) + len(old)}
+        if name in rehearsal.usage:
+            now = {"averageUtilization": rehearsal.usage[name]}
+            metric = {"type": "Resource", "resource": {"name": "cpu", "current": now}}
+            found["status"] |= {"currentMetrics": [metric]}
+            found["status"] |= {"desiredReplicas": rehearsal.replicas(target)}
     return found
 
 

@@ -306,16 +306,16 @@ class Rehearsal:
             pod.ending.set()
 
     def _autoscale(self) -> None:
-        """Set numbers of pods four times a minute; autoscalers with a `behavior` are left alone."""
-        before, wishes = dict[Pod, float](), defaultdict[str, list[tuple[float, int]]](list)
+        """Set numbers of pods four times a minute, by autoscalers whose `behavior` is simple."""
+        before, wishes = self._cpu_seconds(), defaultdict[str, list[tuple[float, int]]](list)
         while not self.over.wait(autoscaler.SYNC_SECONDS):
-            ready = [pod for pod in self.pods() if pod.ready and pod.process]
-            now = {pod: autoscaler.cpu_seconds(pod.process.pid) for pod in ready if pod.process}
+            now = self._cpu_seconds()
             with self.lock:
                 for name, each in self.objects["HorizontalPodAutoscaler"].items():
                     spec, target = each["spec"], each["spec"]["scaleTargetRef"]["name"]
                     mine = [pod for pod in now if pod in before and pod.owner == target]
-                    if not mine or "behavior" in spec:
+                    calm = autoscaler.calm_seconds(spec)
+                    if not mine or calm is None:
                         continue
                     requested = cpus(mine[0].container["resources"]["requests"]["cpu"])
                     used = sum(max(0.0, now[pod] - before[pod]) for pod in mine)
@@ -324,12 +324,17 @@ class Rehearsal:
                     share = used / autoscaler.SYNC_SECONDS / requested / pods
                     self.usage[name] = round(100 * share)
                     moment = time.monotonic()
-                    recent = [w for w in wishes[name] if moment - w[0] < autoscaler.CALM_SECONDS]
+                    recent = [w for w in wishes[name] if moment - w[0] < calm]
                     recent.append((moment, autoscaler.wish(pods, 100 * share, spec)))
                     wishes[name] = recent
                     wanted = max(wish for _, wish in recent)
                     self.object("Deployment", target)["spec"]["replicas"] = wanted
             before = now
+
+    def _cpu_seconds(self) -> dict[Pod, float]:
+        """Return the seconds of CPU that each ready pod has used so far."""
+        ready = [(pod, pod.process) for pod in self.pods() if pod.ready]
+        return {pod: autoscaler.cpu_seconds(process.pid) for pod, process in ready if process}
 
     # --- Processes --------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 import requests
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import tfserving
@@ -73,7 +75,7 @@ def start_model_server(name: str, base_path: Path, ports: tuple[int, int], *flag
     words += ["--monitoring_config_file=model_server/monitoring.config", *flags]
     with Path(f"build/lesson-08-{grpc_port}.log").open("wb") as log:
         servers.start(name, words, ports, stdout=log, stderr=log)
-    servers.wait_for(f"http://localhost:{rest_port}/v1/models/{base_path.name}", name)
+    wait_for(f"http://localhost:{rest_port}/v1/models/{base_path.name}", name)
     return f"localhost:{grpc_port}"
 
 
@@ -85,8 +87,14 @@ def start_gateway(name: str, port: int, model_servers: Sequence[str], **settings
     with Path(f"build/lesson-08-{port}.log").open("wb") as log:
         ports = [port, *([int(env["METRICS_PORT"])] if "METRICS_PORT" in settings else [])]
         servers.start(name, words, ports, env=env, stdout=log, stderr=log)
-    servers.wait_for(f"http://localhost:{port}/readyz", name)
+    wait_for(f"http://localhost:{port}/readyz", name)
     return f"http://localhost:{port}"
+
+
+def wait_for(url: str, name: str) -> None:
+    """Wait until a server answers, without a clock: there are many, and each takes a second."""
+    with redirect_stdout(StringIO()):
+        servers.wait_for(url, name)
 
 
 # --- Load -----------------------------------------------------------------------------------------
@@ -125,13 +133,6 @@ def point(seen: Sequence[Request]) -> Point:
 def by_clients(seen: Sequence[Request], numbers: Sequence[int]) -> dict[int, Point]:
     """Sum up requests for each number of clients."""
     return {n: point([each for each in seen if each.clients == n]) for n in numbers}
-
-
-def rates(seen: Sequence[Request], every: float) -> list[float]:
-    """Return the requests a second in each period of `every` seconds, by the ends of requests."""
-    ends = np.array([each.end for each in seen])
-    counts, _ = np.histogram(ends, np.arange(ends.min(), ends.max(), every))
-    return (counts / every).tolist()
 
 
 def wavering(measured: Mapping[Any, Mapping[int, Point]], numbers: Sequence[int]) -> float:
@@ -268,15 +269,6 @@ class Replicas:
             self.history.append((time.time(), self.counts()))
             time.sleep(0.5)
 
-    def look(self, commands: Sequence[str], target: str, seconds: float) -> None:
-        """Ask a target in turns for some seconds; run kubectl's commands each fifteen of them."""
-        with ThreadPoolExecutor(1) as pool:
-            asking = pool.submit(self.ask, target, "round_robin", seconds)
-            while not asking.done():
-                time.sleep(15)
-                for command in commands:
-                    self.kubectl(command, check=False)
-
     def all_work(self, number: int) -> bool:
         """Say whether so many pods have each had a fair part of the last two seconds' requests."""
         if len(self.history) < 5:
@@ -303,6 +295,60 @@ class Replicas:
         plt.xlabel("seconds")
         plt.ylabel("requests a second")
         plt.legend(title="pod", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+        show()
+
+
+class Look(NamedTuple):
+    """What is seen of an autoscaler at a moment."""
+
+    when: float  # seconds, as `time.time()`
+    wanted: int  # pods
+    ready: int
+    usage: float  # CPU in per cent of what the pods request; not a number while nobody measures it
+
+
+class Scaler:
+    """The autoscaler of a Deployment with the same name, and what has been seen of it."""
+
+    def __init__(self, kubectl: Kubectl, name: str):
+        self.kubectl, self.name = kubectl, name
+        self.history: list[Look] = []
+
+    def look(self) -> Look:
+        """Note how many pods it wants, how many are ready, and what they use."""
+        deployment = self.kubectl.object("deployment", self.name)
+        scaler = self.kubectl.object("horizontalpodautoscaler", self.name)
+        metrics = scaler.get("status", {}).get("currentMetrics") or [{}]
+        current = metrics[0].get("resource", {}).get("current", {})
+        ready = deployment.get("status", {}).get("readyReplicas", 0)
+        usage = current.get("averageUtilization", np.nan)
+        self.history.append(Look(time.time(), deployment["spec"]["replicas"], ready, usage))
+        return self.history[-1]
+
+    def watch(self, until: Callable[[Look], object], seconds: float) -> None:
+        """Look every second, until something is true of a look or the time is over."""
+        end = time.monotonic() + seconds
+        while not until(self.look()) and time.monotonic() < end:
+            time.sleep(1)
+
+    def plot(self, target: int, load: Sequence[float]) -> None:
+        """Draw pods and CPU against time, with the target (per cent) and from when to when load."""
+        when, wanted, ready, usage = np.array(self.history).T
+        start = min(when[0], load[0])
+        seconds = when - start
+        _, (above, below) = plt.subplots(2, sharex=True, figsize=(5.4, 4.4))
+        above.step(seconds, wanted, color=MARK, where="post", label="wanted")
+        above.step(seconds, ready, color=INK, where="post", linestyle="--", label="ready")
+        above.set(ylabel="pods", ylim=(0, 1.15 * wanted.max()))
+        above.yaxis.set_major_locator(MaxNLocator(integer=True))
+        below.step(seconds, usage, color=INK, where="post", label="used")
+        below.axhline(target, color=MARK, linestyle=":", label="target")
+        below.set(xlabel="seconds", ylabel="CPU, % of requests", ylim=(0, None))
+        if np.isnan(usage).all():
+            below.text(seconds.mean(), target / 2, "<unknown>", ha="center")
+        for each in (above, below):
+            each.axvspan(*(np.array(load) - start), color=LIGHT, alpha=0.5, linewidth=0)
+            each.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         show()
 
 
@@ -406,6 +452,7 @@ def plot_replay(rates: Sequence[float], replicas: Sequence[int]) -> None:
     twin = axes.twinx()
     twin.step(minutes, replicas, color=INK)
     twin.set(ylabel="gateways", ylim=(0, max(replicas) + 1))
+    twin.yaxis.set_major_locator(MaxNLocator(integer=True))
     show()
 
 
