@@ -366,7 +366,7 @@ def test_a_failing_notebook_is_reported_with_its_cell(
     write_notebook(source / "03-waits.ipynb", "print('never')")
     before = {path: path.read_bytes() for path in source.iterdir()}
 
-    with started(*workbook) as (process, mark):
+    with started(*workbook, "--jobs", "1") as (process, mark):
         said = process.communicate()[0]
         assert process.returncode == 1
         assert processes_with(mark) == []
@@ -409,7 +409,7 @@ while not Path({str(tmp_path)!r}, "released").exists():
         given = f"GRPC_PORT = {port}"
         write_notebook(tmp_path / "source" / "01-first.ipynb", given, wait)
         write_notebook(tmp_path / "source" / "02-second.ipynb", given, "print(GRPC_PORT)")
-        with started(*workbook) as (process, _):
+        with started(*workbook, "--jobs", "1") as (process, _):
             while not (tmp_path / "running").exists():
                 assert process.poll() is None
                 time.sleep(0.05)
