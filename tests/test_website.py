@@ -24,7 +24,7 @@ from helpers.basics import CLASSES, ROOT, describe_model, free_port
 from helpers.images import encode
 from helpers.servers import Server, WebHost, serve
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Page, Route, expect
+from playwright.sync_api import Browser, Error, FilePayload, Page, Route, expect
 from werkzeug.serving import make_server
 
 import description
@@ -137,10 +137,19 @@ def visit(browser: Browser, gateway: Server) -> Iterator[Visit]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", on_request)
         page.add_init_script(SHIFTS)
-        page.goto(address)
-        while changes:
+
+        def load() -> bool:
             changes.clear()
-            page.reload()
+            try:
+                page.goto(address)
+            except Error as error:
+                if "net::ERR_NETWORK_CHANGED" not in error.message:
+                    raise
+                return False
+            return not changes
+
+        while not load():
+            pass
         if options.get("java_script_enabled", True):
             pages.append(page)
         return page

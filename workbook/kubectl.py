@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import yaml
 
@@ -65,6 +64,13 @@ class PodState(NamedTuple):
     name: str
     ready: bool
     restarts: int
+
+
+def read_to_end(stream: IO[str]) -> None:
+    """Read what nobody wants, line by line, and close the stream."""
+    with stream:
+        for _ in stream:
+            pass
 
 
 class Kubectl:
@@ -133,7 +139,7 @@ class Kubectl:
         if not (line := tunnel.stdout.readline()).startswith(opened):
             raise RuntimeError(f"This failed: kubectl {command}: {line}")
         # It has a line for each connection, and would stop for ever at a pipe that is full.
-        threading.Thread(target=deque, args=(tunnel.stdout, 0), daemon=True).start()
+        threading.Thread(target=read_to_end, args=(tunnel.stdout,), daemon=True).start()
 
     def pods(self, component: str) -> list[PodState]:
         """Return the state of a component's pods; those that are ending are among them."""
