@@ -151,6 +151,7 @@ class PictureHost(WebHost):
 @pytest.fixture(scope="module")
 def pictures() -> Iterator[str]:
     """The address of a running PictureHost."""
+    bomb()  # which takes longer to make than the gateway waits for a busy host
     with serve(PictureHost) as address:
         yield address
 
