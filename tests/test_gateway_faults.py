@@ -32,6 +32,7 @@ import requests
 import yaml
 from helpers.basics import ROOT, eventually, free_port
 from helpers.images import encode
+from helpers.manifests import quantity
 from helpers.models import save_classifier
 from helpers.servers import Server, WebHost, serve, wait_until_available, wait_until_ready
 from keras_image_helper import create_preprocessor
@@ -615,7 +616,7 @@ def test_memory_while_many_send_many_large_links(start_gateway, model_server):
     pod = manifest["spec"]["template"]["spec"]
     quantities = [pod["containers"][0]["resources"]["limits"]["memory"]]
     quantities += [pod["volumes"][0]["emptyDir"]["sizeLimit"]]
-    limit, uploads = (int(each.removesuffix("Mi")) * 2**20 for each in quantities)
+    limit, uploads = (int(quantity(each)) for each in quantities)
     with serve(HostOfLarge) as address, ThreadPoolExecutor(56) as pool:
         gateway = start_gateway(model_server.grpc, **patient(address), PREDICT_TIMEOUT_SECONDS="10")
         worst = {"url": f"http://{address}/worst"}
