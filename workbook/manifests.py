@@ -148,3 +148,9 @@ def cpus(quantity: str | float) -> float:
     """Read a quantity of CPU such as 250m or 1.5."""
     number, thousandths, _ = str(quantity).partition("m")
     return float(number) / (1000 if thousandths else 1)
+
+
+def mebibytes(quantity: str) -> float:
+    """Read a quantity of memory such as 512Mi or 2Gi."""
+    sizes = {"Ki": 1 / 1024, "Mi": 1, "Gi": 1024}
+    return float(quantity[:-2]) * sizes[quantity[-2:]]
