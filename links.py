@@ -317,6 +317,6 @@ def fetch_all(urls: list[str]) -> list[File]:
         try:
             return fetch(url, budget)
         except HTTPException as error:
-            return error
+            return error.with_traceback(None)  # which would hold what has been read
 
     return [*fetch_pool.map(fetch_one, urls)]

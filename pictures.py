@@ -281,9 +281,11 @@ def read_pictures(
             except HTTPException as error:
                 if error.code == 503:  # the gateway has no time, whatever the file
                     raise
-                files[number] = error
+                files[number] = error.with_traceback(None)  # which leads to this list, and the file
     if not images:
-        raise next(file for file in files if isinstance(file, HTTPException))
+        problems = [file for file in files if isinstance(file, HTTPException)]
+        files.clear()  # it and the problem would keep one another, and the file, in memory
+        raise problems.pop(0)
     return images
 
 

@@ -5,15 +5,17 @@ All of them are made here, most from the drawn samples, whose classes the bundle
 
 import base64
 import functools
+import gc
 import io
 import itertools
 import queue
 import struct
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from helpers.servers import Server
 from PIL import Image, ImageCms, ImageOps
 
 import pictures
+from description import Preprocessor
 
 MAX_PIXELS, MAX_BYTES, BOUND = 4_000_000, 10_000_000, 20
 MEMORY = MAX_PIXELS * 20 + 2 * MAX_BYTES  # 20 bytes a pixel: the same in several modes
@@ -794,6 +797,25 @@ def test_small_pictures_have_room_side_by_side_and_do_not_overtake_a_large_one()
         with pytest.raises(pictures.Problem), room.take(1, soon):
             pass
     assert room.left == 100
+
+
+def test_files_that_cannot_be_read_are_forgotten_with_their_answer():
+    """At once, and not when Python next looks for circles: before that, many more may come."""
+    preprocessor = Preprocessor((64, 64), "xception", "nearest")
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            files: list[pictures.File] = [b"\xff\xd8\xff\xe0" + bytes(5_000_000)]
+            with suppress(pictures.Problem):
+                pictures.read_pictures(files, preprocessor, time.monotonic() + 20)
+        del files
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < 1_000_000
 
 
 def test_corpus_is_large_enough():
