@@ -602,12 +602,16 @@ class HostOfLarge(WebHost):
     """A host of pictures with bytes behind them that nobody needs, some of 25 million pixels."""
 
     small = SAMPLE.ljust(2_400_000, b"\0")
-    many_pixels = encode(Image.new("RGBA", (5000, 5000)), "WEBP", lossless=True)
-    worst = many_pixels.ljust(9_900_000, b"\0")
+
+    @staticmethod
+    @functools.cache
+    def many_pixels() -> bytes:
+        return encode(Image.new("RGBA", (5000, 5000)), "WEBP", lossless=True)
 
     def do_GET(self):
-        kinds = {"/worst": self.worst, "/pixels": self.many_pixels}
-        self.answer(200, kinds.get(self.path, self.small))
+        sizes = {"/worst": 9_900_000, "/pixels": 0}
+        large = self.path in sizes and self.many_pixels().ljust(sizes[self.path], b"\0")
+        self.answer(200, large or self.small)
 
 
 def test_memory_while_many_send_many_large_links(start_gateway, model_server):
@@ -637,7 +641,7 @@ def test_large_pictures_of_many_clients_leave_their_memory_behind(start_gateway,
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc can be told how threads keep memory")
     pixels = Image.new("RGBA", (5000, 5000))
-    files = [HostOfLarge.many_pixels, encode(pixels.convert("CMYK"), "JPEG")]
+    files = [HostOfLarge.many_pixels(), encode(pixels.convert("CMYK"), "JPEG")]
     gateway = start_gateway(model_server.grpc, PREDICT_TIMEOUT_SECONDS="25")
     assert is_good(post(gateway))
     (worker,) = workers(gateway)

@@ -1,6 +1,7 @@
 """Which module may import which: nothing of the workbook in the product, and no circles."""
 
 import ast
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def imports_of(name: str) -> list[tuple[str, str]]:
     return list(imports(path.read_text(), name_of(path.parent / "__init__.py")))
 
 
+@functools.cache
 def own_imports(name: str) -> set[str]:
     """The project's own modules that one of them imports."""
     found = set()
@@ -60,16 +62,13 @@ def own_imports(name: str) -> set[str]:
     return found
 
 
-GRAPH = {name: own_imports(name) for name in MODULES}
-
-
 def circle_of(module: str) -> list[str]:
     """The shortest route by which a module imports itself; empty if there is none."""
     routes = [[module]]
     seen: set[str] = set()
     while routes:
         route = routes.pop(0)
-        for imported in sorted(GRAPH[route[-1]]):
+        for imported in sorted(own_imports(route[-1])):
             if imported == module:
                 return [*route, module]
             if imported not in seen:
@@ -95,9 +94,9 @@ def test_imports_are_found_wherever_they_stand() -> None:
         *(("a.b", ""), ("c", "d"), ("c", "e"), ("package.inner", "f"), ("package.g", "h")),
         *(("i", ""), ("package.inner.j", "k")),
     }
-    assert {"pictures", "web", "tfserving"} <= GRAPH["gateway"]
-    assert {"model_server.manager", "model_server.batching"} <= GRAPH["model_server.server"]
-    assert "model_server.training.draw" in GRAPH["model_server.training.train"]
+    assert {"pictures", "web", "tfserving"} <= own_imports("gateway")
+    assert {"model_server.manager", "model_server.batching"} <= own_imports("model_server.server")
+    assert "model_server.training.draw" in own_imports("model_server.training.train")
 
 
 @pytest.mark.parametrize("part", PRODUCT)

@@ -47,7 +47,7 @@ MANIFESTS = [
 
 
 def read(path: Path) -> dict:
-    return yaml.safe_load(path.read_text())
+    return yaml.load(path.read_text(), yaml.CSafeLoader)
 
 
 def run_kustomize(folder: Path) -> list[dict]:
@@ -59,7 +59,7 @@ def run_kustomize(folder: Path) -> list[dict]:
         [kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
 
 @pytest.fixture(scope="session")
