@@ -156,7 +156,7 @@ def check_sample() -> None:
         row = tfserving.make_ndarray(pb_response.outputs[signature.output_name])[0]
         if (top := MODEL.classes[row.argmax()]) != sample.label:
             how = f"says {top} to its own sample, {sample.label}: is another model served"
-            sentence = f"{MODEL_NAME} {how}, or one that wants pictures scaled otherwise?"
+            sentence = f"{MODEL_NAME} {how}, or one that wants pictures scaled differently?"
             raise Problem(503, "model-unsuitable", sentence)
 
 

@@ -141,7 +141,7 @@ def main() -> int:
     Console().print(table(hourly_costs(cluster, prices, nodes)))
     if dollars := credit_costs(cluster, prices, nodes):
         names = ", ".join(sorted(types & set(BURSTABLE)))
-        print(f"CPU credits of {names}, while all cores are busy: {dollars:.3f} $ an hour on top")
+        print(f"CPU credits of {names}, while all cores are busy: ${dollars:.3f} an hour on top")
     return 0
 
 

@@ -265,7 +265,7 @@ def test_the_program_prints_costs_by_hour_and_day() -> None:
     status, printed, error = run_cost("--nodes", "gpu=1", "--price", "g4dn.xlarge=2")
     assert status == 0, error
     assert re.search(r"1 × g4dn.xlarge \(gpu\) +│ +2\.014 │ +48\.33", printed), printed
-    assert "credits of t3.large, while all cores are busy: 0.140 $ an hour on top" in printed
+    assert "credits of t3.large, while all cores are busy: $0.140 an hour on top" in printed
     assert run_cost("--nodes", "tpu=1") == (1, "", "eks/cluster.yaml has no node group tpu.\n")
 
 
@@ -377,9 +377,9 @@ def test_docs_and_lesson_say_what_the_files_say() -> None:
     hourly, gpu = cost.hourly_costs(CLUSTER), cost.hourly_costs(CLUSTER, nodes={"gpu": 1})
     dollars, words = sum(hourly.values()), ["no", "one", "two", "three", "four", "five"]
     credit = cost.credit_costs(CLUSTER)
-    assert f"about {dollars:.2f} $ an hour, or {24 * dollars:.0f} $ a day, without a GPU" in page
-    assert f"and {sum(gpu.values()) - dollars:.2f} $ an hour more for each GPU node" in page
-    assert f"their CPU credits cost up to {credit:.2f} $ an hour more" in page
+    assert rf"about \${dollars:.2f} an hour, or \${24 * dollars:.0f} a day, without a GPU" in page
+    assert rf"and \${sum(gpu.values()) - dollars:.2f} an hour more for each GPU node" in page
+    assert rf"their CPU credits cost up to \${credit:.2f} an hour more" in page
     _, paid = cost.BURSTABLE[GROUPS["cpu"]["instanceType"]]
     assert f"covers {100 * paid:.0f} % of its two cores" in lesson
     assert f"at {words[round(100 * cost.PRICES['CPU credit'])]} cents for a core" in lesson

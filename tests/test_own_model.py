@@ -203,7 +203,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(kind, sentence, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("signature", "rank"), [("serving_uint8", 4), ("serving_bytes", 3)])
-def test_a_signature_that_scales_otherwise_fails_the_checkpoint(
+def test_a_signature_that_scales_differently_fails_the_checkpoint(
     signature: str, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when somebody drops the scaling from one of the graph's two ways to the floats."""
@@ -214,7 +214,7 @@ def test_a_signature_that_scales_otherwise_fails_the_checkpoint(
         return x if not isinstance(x, np.ndarray) and len(x.shape) == rank else x / 127.5 - 1
 
     monkeypatch.setitem(description.SCALINGS, "xception", scale)
-    with pytest.raises(AssertionError, match=f"{signature} answers otherwise than Keras"):
+    with pytest.raises(AssertionError, match=f"{signature} differs from Keras"):
         export(tmp_path / "model", **parameters)
 
 

@@ -93,7 +93,7 @@ STEPS = {
             "nothing is decoded yet",
             ("413 too large", "415 no picture"),
         ),
-        Step("decode", "when it is its turn", ("one picture", "at a time"), True),
+        Step("decode", "when there is room", ("for all", "its pixels"), True),
         Step("turn it upright", "as EXIF says"),
         Step("8 bits, RGB, on white", "whatever it was"),
         Step("make it small", "the model's size"),

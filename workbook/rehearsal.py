@@ -1,4 +1,4 @@
-"""Rehearse Kubernetes manifests without a cluster: their pods, as processes of this machine.
+"""Rehearse Kubernetes manifests without a cluster: their pods, as processes on this machine.
 
 A `Rehearsal` runs the commands of a Deployment's pods with their variables, executes their probes,
 starts again what has died, scales, and rolls out changes step by step. It is no cluster: NOT_SHOWN

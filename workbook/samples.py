@@ -1,6 +1,6 @@
 """Pictures whose classes are known, which tell a right scaling from a wrong one.
 
-A model that gets its pictures scaled otherwise than in training does not fail, it errs.
+A model that gets its pictures scaled differently from training does not fail, it errs.
 """
 
 from collections.abc import Callable
