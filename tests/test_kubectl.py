@@ -184,6 +184,8 @@ def test_an_image_that_nobody_has_built_is_described_as_kubectl_does(
     eventually(lambda: "ImagePullBackOff" in say("get pods"), "it waits")
     found = say(f"describe pod {pod.name}").replace("ping:001", "ping:002")
     assert_describes(found.replace("ImagePullBackOff", "ErrImagePull"), "ping-6d87dfc5cd-dnjzv")
+    events = say(f"describe pod {pod.name} | sed -n '/^Events:/,$p'")
+    assert events.startswith("Events:\n") and "Failed to pull image" in events
 
 
 def test_services_and_their_endpoints_are_listed_as_kubectl_does(

@@ -208,10 +208,14 @@ def rehearse(rehearsal: Rehearsal, command: str) -> None:
     """
     words, inside = words_of(command)
     match words:
-        case [*_, "|", "grep", "-v", word]:
+        case _ if "|" in words:
+            first, _, reader = command.partition(" | ")
             with redirect_stdout(StringIO()) as said:
-                rehearse(rehearsal, command.partition(" | ")[0])
-            print(*(line for line in said.getvalue().splitlines() if word not in line), sep="\n")
+                rehearse(rehearsal, first)
+            done = subprocess.run(
+                reader, shell=True, input=said.getvalue(), stdout=subprocess.PIPE, text=True
+            )
+            print(done.stdout, end="")
         case ["get", kinds] if {*kinds.split(",")} <= {*KINDS}:
             print_tables(rehearsal, kinds.split(","))
         case ["get", "services", "--namespace", "default"]:
