@@ -770,7 +770,7 @@ def test_a_wrong_name_of_the_model_is_said(model_server, start_gateway):
 
 
 def test_not_ready_where_the_model_errs_about_its_sample(model_server, start_gateway, tmp_path):
-    """As where its pictures are scaled differently from in training."""
+    """As where its pictures are scaled differently than in training."""
     hat = {"class": "hat", "jpeg": b64encode(SAMPLES[0].read_bytes()).decode()}
     about = describe_model(tmp_path / "model.json", samples=[hat])
     gateway = start_gateway(model_server.grpc, MODEL_DESCRIPTION=str(about))

@@ -32,7 +32,6 @@ import requests
 import yaml
 from helpers.basics import ROOT, eventually, free_port
 from helpers.images import encode
-from helpers.manifests import quantity
 from helpers.models import save_classifier
 from helpers.servers import Server, WebHost, serve, wait_until_available, wait_until_ready
 from keras_image_helper import create_preprocessor
@@ -43,6 +42,7 @@ from tensorflow_serving.apis import (
 )
 
 import tfserving
+from workbook.manifests import quantity
 
 NAME = "clothing-model"
 MONITORING = "/monitoring/prometheus/metrics"
@@ -609,9 +609,8 @@ class HostOfLarge(WebHost):
         return encode(Image.new("RGBA", (5000, 5000)), "WEBP", lossless=True)
 
     def do_GET(self):
-        sizes = {"/worst": 9_900_000, "/pixels": 0}
-        large = self.path in sizes and self.many_pixels().ljust(sizes[self.path], b"\0")
-        self.answer(200, large or self.small)
+        file = self.many_pixels() if self.path in ("/worst", "/pixels") else self.small
+        self.answer(200, file.ljust(9_900_000, b"\0") if self.path == "/worst" else file)
 
 
 def test_memory_while_many_send_many_large_links(start_gateway, model_server):

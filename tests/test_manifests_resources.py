@@ -21,12 +21,13 @@ from helpers.manifests import (
     of_kind,
     pod,
     pod_labels,
-    quantity,
     read,
     render,
     replicas,
     selects,
 )
+
+from workbook.manifests import quantity
 
 __all__ = ["clothes", "objects", "render"]  # fixtures
 

@@ -14,9 +14,10 @@ from helpers.manifests import (
     objects,
     of_kind,
     pod,
-    quantity,
     render,
 )
+
+from workbook.manifests import quantity
 
 __all__ = ["objects", "render"]  # fixtures
 

@@ -473,9 +473,17 @@ def test_nothing_of_our_own_manifests_is_refused(folder: str) -> None:
             manifests.refuse_unknown(each)
 
 
-@pytest.mark.parametrize(("quantity", "number"), [("250m", 0.25), ("1.5", 1.5), (3, 3)])
-def test_quantities_of_cpu(quantity: str | float, number: float) -> None:
-    assert manifests.cpus(quantity) == number
+QUANTITIES = [("250m", 0.25), ("1.5", 1.5), (3, 3), ("512Mi", 2**29), ("2Gi", 2**31)]
+
+
+@pytest.mark.parametrize(("text", "number"), QUANTITIES)
+def test_quantities_of_cpu_and_memory(text: str | float, number: float) -> None:
+    assert manifests.quantity(text) == number
+
+
+def test_other_quantities_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 GB is no quantity"):
+        manifests.quantity("2 GB")
 
 
 def test_commands_come_from_the_dockerfile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Manifest = dict[str, Any]
+UNITS = {"": 1, "m": 0.001, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "M": 2**20, "G": 2**30}
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 # The fields that a rehearsal acts upon, and those that say where a pod runs and what it may do,
 # which mean nothing to a process. Below those with a star anything may stand.
@@ -135,7 +136,7 @@ def environment(container: Manifest, read_object: Callable[[str, str], Manifest]
         match each.get("valueFrom"):
             case {"resourceFieldRef": _}:
                 limit = container["resources"]["limits"]["cpu"]
-                found[each["name"]] = f"{math.ceil(cpus(limit))}"
+                found[each["name"]] = f"{math.ceil(quantity(limit))}"
             case {"secretKeyRef": {"name": name, "key": key}}:
                 data = read_object("Secret", name).get("stringData", {})
                 if key not in data:
@@ -144,13 +145,9 @@ def environment(container: Manifest, read_object: Callable[[str, str], Manifest]
     return found
 
 
-def cpus(quantity: str | float) -> float:
-    """Read a quantity of CPU such as 250m or 1.5."""
-    number, thousandths, _ = str(quantity).partition("m")
-    return float(number) / (1000 if thousandths else 1)
-
-
-def mebibytes(quantity: str) -> float:
-    """Read a quantity of memory such as 512Mi or 2Gi."""
-    sizes = {"Ki": 1 / 1024, "Mi": 1, "Gi": 1024}
-    return float(quantity[:-2]) * sizes[quantity[-2:]]
+def quantity(text: str | float) -> float:
+    """Read what Kubernetes means by 250m or 1.5 (cores) and 512Mi or 2Gi (bytes), Compose by 2G."""
+    match = re.fullmatch(r"([\d.]+)([A-Za-z]*)", str(text))
+    if match is None or match[2] not in UNITS:
+        raise ValueError(f"{text} is no quantity that is known here")
+    return float(match[1]) * UNITS[match[2]]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from workbook import autoscaler, manifests
-from workbook.manifests import Image, Manifest, container, cpus, port_number
+from workbook.manifests import Image, Manifest, container, port_number, quantity
 from workbook.pods import TICK_SECONDS, Pod, revision_of
 from workbook.servers import is_busy, require_free_ports
 
@@ -317,7 +317,7 @@ class Rehearsal:
                     calm = autoscaler.calm_seconds(spec)
                     if not mine or calm is None:
                         continue
-                    requested = cpus(mine[0].container["resources"]["requests"]["cpu"])
+                    requested = quantity(mine[0].container["resources"]["requests"]["cpu"])
                     used = sum(max(0.0, now[pod] - before[pod]) for pod in mine)
                     # A pod that is not measured yet counts as one that does nothing.
                     pods = max(len(mine), self.replicas(target))
