@@ -33,6 +33,9 @@ import web
 SAMPLES = ROOT / "notebooks/samples"
 DRESS = SAMPLES / "dress.png"
 KEY = "sésame"
+# When the machine's networks change, Chromium gives a page up, and shows its own in its place,
+# which may come so late that it interrupts the next try.
+GAVE_UP = r"net::ERR_NETWORK_CHANGED|interrupted by another navigation to \"chrome-error:"
 PHONE = {"viewport": {"width": 360, "height": 640}, "is_mobile": True, "has_touch": True}
 SHIFTS = """
 window.shifts = [];
@@ -115,7 +118,7 @@ def visit(browser: Browser, gateway: Server) -> Iterator[Visit]:
     pages: list[Page] = []
     errors: list[str] = []
     strangers: list[str] = []
-    changes: list[str] = []  # of the machine's networks, such as Docker's; Chromium then gives up
+    changes: list[str] = []  # of the machine's networks, such as Docker's
 
     def open_page(address: str = gateway.http, **options) -> Page:
         options = {"viewport": {"width": 1280, "height": 800}} | options
@@ -143,7 +146,7 @@ def visit(browser: Browser, gateway: Server) -> Iterator[Visit]:
             try:
                 page.goto(address)
             except Error as error:
-                if "net::ERR_NETWORK_CHANGED" not in error.message:
+                if not re.search(GAVE_UP, error.message):
                     raise
                 return False
             return not changes

@@ -360,6 +360,13 @@ def caught(nets: list[socket.socket]) -> Iterator[tuple[str, int]]:
                 connection.close()
 
 
+def take(noted: list) -> list:
+    """Return what was noted, and forget it before the answer is out: after that, more may come."""
+    taken = noted[:]
+    del noted[: len(taken)]
+    return taken
+
+
 def main() -> None:
     """Set everything up, say so, and then answer questions on standard input."""
     bomb()
@@ -393,14 +400,11 @@ def main() -> None:
             case "caught":
                 print(json.dumps([*caught(nets)]), flush=True)
             case "visits":
-                print(json.dumps(visits), flush=True)
-                visits.clear()
+                print(json.dumps(take(visits)), flush=True)
             case "connections":
-                print(json.dumps(connections), flush=True)
-                connections.clear()
+                print(json.dumps(take(connections)), flush=True)
             case "answered":
-                print(json.dumps(answered), flush=True)
-                answered.clear()
+                print(json.dumps(take(answered)), flush=True)
 
 
 if __name__ == "__main__":
