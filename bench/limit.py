@@ -1,5 +1,6 @@
 """The most that the cores can do: decoding, resizing and the int8 model, and nothing else."""
 
+import ctypes
 import functools
 import multiprocessing
 from collections.abc import Callable
@@ -13,6 +14,17 @@ from PIL import Image
 from bench.measure import CORES, Reading, call_for
 from bench.peers.lite import Lite
 
+# What gunicorn.conf.py sets for the gateway, by glibc's names, and their numbers in its malloc.h.
+MALLOC = {"arena_max": 1, "mmap_threshold": 8 << 20, "trim_threshold": 32 << 20}
+NUMBERS = {"arena_max": -8, "mmap_threshold": -3, "trim_threshold": -1}
+
+
+def begin() -> None:
+    """Have memory of pictures used again, as in the gateway, where the system's C library can."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for name, value in MALLOC.items():
+            mallopt(NUMBERS[name], value)
+
 
 @functools.cache
 def interpreter(path: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -23,8 +35,8 @@ def interpreter(path: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
 
 def classify(model: str, threads: int, picture: bytes) -> np.ndarray:
     """Return the probabilities of a picture, as the gateway and its model server compute them."""
-    image = Image.open(BytesIO(picture)).convert("RGB").resize((224, 224), Image.Resampling.NEAREST)
-    return interpreter(model, threads)(np.asarray(image)[np.newaxis])
+    image = Image.open(BytesIO(picture)).resize((224, 224), Image.Resampling.NEAREST)
+    return interpreter(model, threads)(np.asarray(image.convert("RGB"))[np.newaxis])
 
 
 def work(model: str, threads: int, picture: bytes, seconds: float) -> tuple[float, float]:
@@ -39,7 +51,8 @@ class Limit:
 
     def __init__(self, model: str):
         self.model = model
-        self.pool = ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn"))
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(CORES, spawn, initializer=begin)
 
     def __enter__(self):
         return self

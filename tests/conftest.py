@@ -35,15 +35,26 @@ os.environ["MODEL_DESCRIPTION"] = str(describe_model(DESCRIPTION))
 
 # The files that take longest begin first, so that no worker is left alone with one at the end.
 LONGEST = [
-    *("containers", "gateway_faults", "commands", "website", "eks_account", "model", "rehearsal"),
-    "containers_stack",
-    *("compose", "eks_lesson", "own_model", "book", "lessons_again", "model_server_lifecycle"),
+    *("containers", "gateway_faults", "commands", "website", "eks_account", "own_model", "model"),
+    *("rehearsal", "containers_stack", "compose", "eks_lesson", "book", "lessons_again"),
+    "model_server_lifecycle",
 ]
+# What CI tries, too: it takes long, and says little to whom has changed something else.
+THOROUGH = {
+    *("test_bench_gpu", "test_cheat_sheet", "test_eks_account", "test_eks_lesson"),
+    *("test_fault_labs", "test_serving_properties"),
+}
+LEFT_OUT = pytest.mark.skip(reason="takes long, so only CI runs it; THOROUGH=1 asks for it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.path.stem in THOROUGH:
+            item.add_marker("thorough")
+        if item.get_closest_marker("thorough") and os.environ.get("THOROUGH") != "1":
+            item.add_marker(LEFT_OUT)
 
 
 def pytest_unconfigure() -> None:

@@ -431,6 +431,7 @@ def test_without_a_model_one_sentence_says_what_to_do(
     assert "only folders that end in -model reach Docker" in said
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dockerfile", [GATEWAY, EMBEDDED])
 def test_packages_come_from_the_mirror_that_the_builder_names(
     gateway_image: str, dockerfile: str

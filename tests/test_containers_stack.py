@@ -150,6 +150,7 @@ def test_a_request_is_found_in_the_logs(stack: Stack) -> None:
     assert "gRPC API is open" in stack.run("logs", "model-server")
 
 
+@pytest.mark.thorough
 def test_the_worst_pictures_of_many_clients_fit_into_the_limit(stack: Stack) -> None:
     worst = Image.new("RGBA", (5000, 5000), (200, 20, 20, 128))
     kinds: list[tuple[str, dict]] = [
@@ -178,7 +179,7 @@ def test_the_worst_pictures_of_many_clients_fit_into_the_limit(stack: Stack) -> 
 
 
 def test_no_upload_is_lost_where_too_many_come_at_a_time(stack: Stack) -> None:
-    """Those that fit into the folder on their way are answered, others are told to come again."""
+    """Those that fit into the folder on their way are answered, and any others come again."""
     files = [SAMPLES[0].read_bytes().ljust(9_900_000, b"\0")] * 60
     stack.env["PREDICT_TIMEOUT_SECONDS"] = "300"  # however busy this machine is
     try:
@@ -188,7 +189,7 @@ def test_no_upload_is_lost_where_too_many_come_at_a_time(stack: Stack) -> None:
     with ThreadPoolExecutor(60) as pool:
         answers = list(pool.map(lambda file: classify(stack.url, file, timeout=600), files))
     statuses = Counter(answer.status_code for answer in answers)
-    assert statuses.keys() == {200, 503} and statuses[200] >= 20, statuses
+    assert statuses.keys() <= {200, 503} and statuses[200] >= 20, statuses
     refused = [answer for answer in answers if answer.status_code == 503]
     assert all(answer.headers["Retry-After"] == "2" for answer in refused)
     assert {answer.json()["type"].rpartition(":")[2] for answer in refused} == {"too-busy"}

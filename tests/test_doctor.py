@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -154,10 +154,9 @@ def test_a_wish_that_cannot_be_granted_stops_the_lessons(machine: Machine) -> No
 
 def test_busy_ports_and_a_proxy_that_takes_too_much_are_named(machine: Machine) -> None:
     machine.env |= {"http_proxy": "http://me:secret@proxy.example:3128"}
-    with closing(socket.socket()) as listener:
+    with ExitStack() as stack:
         with suppress(OSError):  # somebody else has it: that is as good
-            listener.bind(("127.0.0.1", 9696))
-            listener.listen()
+            stack.enter_context(socket.create_server(("127.0.0.1", 9696)))
         said = machine.ask()
     assert line_of(said, "ports").startswith("ports in use: ") and "9696" in line_of(said, "ports")
     assert line_of(said, "proxy") == "proxy http://proxy.example:3128"

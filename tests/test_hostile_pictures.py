@@ -743,6 +743,7 @@ def test_spoilt_files(gateway, kind):
         send(gateway, spoil(whole(kind), seed), preview="yes")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "count"), dict(JPEG=8000, PNG=1000, WEBP=500, AVIF=500).items())
 def test_odd_exif_data_is_no_reason_to_refuse(kind, count):
     for seed in range(count):

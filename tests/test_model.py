@@ -205,6 +205,7 @@ def test_validation_accuracy_through_the_served_path(model_server: Server) -> No
     assert right / total >= 0.92
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CLASSES)
 def test_samples_are_what_their_script_draws(name: str) -> None:
     with Image.open(ROOT / f"notebooks/samples/{name}.png") as sample:

@@ -518,6 +518,7 @@ def test_a_build_argument_names_the_model(monkeypatch: pytest.MonkeyPatch) -> No
 # --- The whole, and its end ----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_clothes_are_classified_by_both_model_servers(
     clothing_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

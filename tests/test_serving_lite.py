@@ -4,7 +4,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import Builder, flexbuffers
 from helpers.basics import free_port
 from helpers.model_server import run_main, serving
-from helpers.servers import Server
+from helpers.servers import Server, wait_until_available
 from helpers.serving import Client, refused
 from tensorflow_serving.apis import get_model_metadata_pb2
 
@@ -270,9 +269,9 @@ def test_tensorflow_stays_out_of_the_process(exported: Path, launch: Callable[..
         f"--rest_api_port={ports[1]}",
     ]
     server = launch(command, f"http://127.0.0.1:{ports[1]}", f"127.0.0.1:{ports[0]}")
+    wait_until_available(server, "lite")
     with Client(server, "lite") as client:
-        answered = partial(client.prediction.Predict, client.request(x=rows(4)), timeout=60)
-        outputs = answered(wait_for_ready=True).outputs
+        outputs = client.prediction.Predict(client.request(x=rows(4)), timeout=60).outputs
         assert tf.make_ndarray(outputs["y"]).tolist() == rows(5).tolist()
         body = {"instances": rows(*range(20_000)).tolist()}  # long enough for a helper process
         assert requests.post(f"{server.http}/v1/models/lite:predict", json=body).ok

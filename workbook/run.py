@@ -26,7 +26,7 @@ from workbook.servers import is_busy
 MODEL = ROOT / "build" / "clothing-model" / "1"
 TEMPLATES = Path(__file__).with_name("templates")
 # Without containers or a cluster, most lessons wait more than they compute.
-SIDE_BY_SIDE = 3
+SIDE_BY_SIDE = 5
 
 
 def choose(words: list[str], notebooks: list[Path]) -> list[Path]:
