@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bench import model_server
-from bench.limit import MALLOC, Limit
+from bench.limit import Limit
 from bench.measure import (
     CORES,
     ROOT,
@@ -55,6 +55,8 @@ FLOAT, TUNED = "FastAPI + ONNX Runtime", "FastAPI + ONNX Runtime, tuned"
 INT8 = "FastAPI + the same int8 model"
 LIMIT = f"decoding and int8 alone, {CORES} processes"
 HTTP_TIER, MODEL_TIER = "HTTP tier", "model tier"
+# What gunicorn.conf.py sets for the gateway.
+MALLOC = {"arena_max": 1, "mmap_threshold": 8 << 20, "trim_threshold": 32 << 20}
 TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items())
 # The gateway's malloc settings, and how many threads an operation gets; 0 is how it comes.
 PEERS = {

@@ -1,8 +1,8 @@
 """The most that the cores can do: decoding, resizing and the int8 model, and nothing else."""
 
-import ctypes
 import functools
 import multiprocessing
+import runpy
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
@@ -11,19 +11,8 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from bench.measure import CORES, Reading, call_for
+from bench.measure import CORES, ROOT, Reading, call_for
 from bench.peers.lite import Lite
-
-# What gunicorn.conf.py sets for the gateway, by glibc's names, and their numbers in its malloc.h.
-MALLOC = {"arena_max": 1, "mmap_threshold": 8 << 20, "trim_threshold": 32 << 20}
-NUMBERS = {"arena_max": -8, "mmap_threshold": -3, "trim_threshold": -1}
-
-
-def begin() -> None:
-    """Have memory of pictures used again, as in the gateway, where the system's C library can."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for name, value in MALLOC.items():
-            mallopt(NUMBERS[name], value)
 
 
 @functools.cache
@@ -52,7 +41,9 @@ class Limit:
     def __init__(self, model: str):
         self.model = model
         spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(CORES, spawn, initializer=begin)
+        # The gateway's malloc settings, so that memory of pictures is used again.
+        settings = functools.partial(runpy.run_path, str(ROOT / "gunicorn.conf.py"))
+        self.pool = ProcessPoolExecutor(CORES, spawn, initializer=settings)
 
     def __enter__(self):
         return self

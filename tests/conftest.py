@@ -39,7 +39,7 @@ LONGEST = [
     *("rehearsal", "containers_stack", "compose", "eks_lesson", "book", "lessons_again"),
     "model_server_lifecycle",
 ]
-# What CI tries, too: it takes long, and says little to whom has changed something else.
+# What CI tries, too: it takes long, and says little to whoever has changed something else.
 THOROUGH = {
     *("test_bench_gpu", "test_cheat_sheet", "test_eks_account", "test_eks_lesson"),
     *("test_fault_labs", "test_serving_properties"),
